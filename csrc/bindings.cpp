@@ -1,0 +1,65 @@
+// The pybind11 table of par_xl._C. Tensors arrive as (data pointer, batch stride, time stride) or as bare addresses.
+#include <pybind11/pybind11.h>
+
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace par_xl;
+using Address = uintptr_t;
+using RowsTuple = std::tuple<Address, int64_t, int64_t>;
+
+namespace {
+
+template <class T = void>
+T* at(Address address) { return reinterpret_cast<T*>(address); }
+
+Rows rows(const RowsTuple& x) { return {at(std::get<0>(x)), std::get<1>(x), std::get<2>(x)}; }
+
+#if PAR_XL_X86
+enum class Isa { base, avx2, avx512 };
+
+Isa best_isa() {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return Isa::avx512;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2 : Isa::base;
+}
+const Isa isa = best_isa();
+// The copy of a C++ kernel for this processor.
+#define CPU(kernel) (isa == Isa::avx512 ? &avx512::kernel : isa == Isa::avx2 ? &avx2::kernel : &base::kernel)
+const char* isa_name() { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "base"; }
+#else
+#define CPU(kernel) (&base::kernel)
+const char* isa_name() { return "base"; }
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    using nogil = py::call_guard<py::gil_scoped_release>;
+    m.attr("isa") = isa_name();
+    m.attr("has_cuda") = bool(PAR_XL_CUDA);
+    m.attr("cuda_info") = PAR_XL_CUDA_INFO;
+
+    py::class_<ArTar>(m, "ArTar").def(
+        py::init([](RowsTuple output, RowsTuple raw, Address lengths, int64_t batch, int64_t steps, int64_t width, int dtype) {
+            return ArTar{rows(output), rows(raw), at<const int64_t>(lengths), batch, steps, width, DType(dtype)};
+        }));
+    m.def("ar_tar_parts_cpu", [](const ArTar& p) { return CPU(ar_tar_parts)(p); });
+    m.def("ar_tar_forward_cpu", [](const ArTar& p, double alpha, double beta, Address sums, Address loss, Address scale) {
+        CPU(ar_tar_forward)(p, alpha, beta, at<double>(sums), at(loss), at(scale));
+    }, nogil());
+    m.def("ar_tar_backward_cpu", [](const ArTar& p, Address grad, Address scale, RowsTuple d_output, RowsTuple d_raw) {
+        CPU(ar_tar_backward)(p, at(grad), at(scale), rows(d_output), rows(d_raw));
+    }, nogil());
+#if PAR_XL_CUDA
+    m.def("ar_tar_parts_cuda", &cuda::ar_tar_parts);
+    m.def("ar_tar_forward_cuda", [](const ArTar& p, double alpha, double beta, Address sums, Address loss, Address scale, Address stream) {
+        cuda::ar_tar_forward(p, alpha, beta, at(sums), at(loss), at(scale), at(stream));
+    }, nogil());
+    m.def("ar_tar_backward_cuda", [](const ArTar& p, Address grad, Address scale, RowsTuple d_output, RowsTuple d_raw, Address stream) {
+        cuda::ar_tar_backward(p, at(grad), at(scale), rows(d_output), rows(d_raw), at(stream));
+    }, nogil());
+#endif
+}

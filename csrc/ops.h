@@ -1,0 +1,45 @@
+// The table of kernels: plain structs of raw pointers, sizes and strides (in elements), and one declaration per kernel.
+// All checks live in par_xl/ops; nothing here knows torch.
+#pragma once
+#include <cstdint>
+
+namespace par_xl {
+
+enum class DType : int { f16, bf16, f32, f64 };
+
+// A (batch, time, width) tensor whose last dimension is contiguous. A null pointer stands for an absent tensor.
+struct Rows {
+    void* data;
+    int64_t batch_stride, time_stride;
+};
+
+// alpha * mean(output^2) + beta * mean((raw[:, 1:] - raw[:, :-1])^2); see par_xl/ops/ar_tar.py.
+struct ArTar {
+    Rows output, raw;        // raw.data == nullptr: raw is output
+    const int64_t* lengths;  // (batch,) or nullptr
+    int64_t batch, steps, width;
+    DType dtype;
+};
+
+}  // namespace par_xl
+
+// C++ kernels are compiled once per instruction set, each copy in a namespace of its own.
+#define PAR_XL_CPU_KERNELS                                                                     \
+    /* partial_sums: 2 doubles per part; loss (1), scale (2) in fp32, or fp64 for fp64 */      \
+    int64_t ar_tar_parts(const ArTar& p);                                                      \
+    void ar_tar_forward(const ArTar& p, double alpha, double beta, double* partial_sums, void* loss, void* scale); \
+    void ar_tar_backward(const ArTar& p, const void* grad, const void* scale, Rows d_output, Rows d_raw);
+
+namespace par_xl::base { PAR_XL_CPU_KERNELS }
+#if PAR_XL_X86
+namespace par_xl::avx2 { PAR_XL_CPU_KERNELS }
+namespace par_xl::avx512 { PAR_XL_CPU_KERNELS }
+#endif
+
+#if PAR_XL_CUDA
+namespace par_xl::cuda {
+int64_t ar_tar_parts(const ArTar& p);
+void ar_tar_forward(const ArTar& p, double alpha, double beta, void* partial_sums, void* loss, void* scale, void* stream);
+void ar_tar_backward(const ArTar& p, const void* grad, const void* scale, Rows d_output, Rows d_raw, void* stream);
+}  // namespace par_xl::cuda
+#endif

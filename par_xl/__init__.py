@@ -1,0 +1,10 @@
+"""Fused Triton, CUDA and C++ kernels for long-memory language models in PyTorch.
+
+Importing ``par_xl`` imports torch and the compiled extension, and neither triton nor the training stack.
+"""
+
+from par_xl import nn
+from par_xl.ops import ArTarLoss, ar_tar_loss, backends, build_info, use_backend
+
+__version__ = "0.1.0"
+__all__ = ["ArTarLoss", "ar_tar_loss", "backends", "build_info", "nn", "use_backend"]

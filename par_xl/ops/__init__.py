@@ -1,0 +1,6 @@
+"""The fused operations. One file per op, read top to bottom: maths, reference, schema and fake, Function, public function."""
+
+from par_xl.ops.ar_tar import ArTarLoss, ar_tar_loss
+from par_xl.ops.registry import backends, build_info, use_backend
+
+__all__ = ["ArTarLoss", "ar_tar_loss", "backends", "build_info", "use_backend"]

@@ -1,0 +1,160 @@
+"""Registered ops (``torch.library``, namespace ``par_xl``) and the choice of backend.
+
+A backend is ``eager`` (the reference in plain PyTorch), ``native`` (the compiled extension: C++ on the CPU, CUDA on the
+GPU), ``triton`` (``par_xl.kernels``), or ``auto`` (the first of :data:`AUTO` that supports the call).
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch  # before the extension, whose libgomp.so.1 is then the one that torch has loaded
+from torch import Tensor
+
+try:
+    from par_xl import _C
+
+    _missing_extension = ""
+except ImportError as error:  # the package works without its extension, on the other backends
+    _C = None  # type: ignore[assignment]
+    _missing_extension = f"the extension par_xl._C cannot be imported ({error})"
+
+BACKENDS = ("eager", "native", "triton")
+# The order of preference by device; revised when a benchmark says so.
+AUTO = {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")}
+# The dtype codes of csrc/ops.h.
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+
+LIBRARY = torch.library.Library("par_xl", "DEF")
+OPS: dict[str, "Op"] = {}
+
+
+class Op:
+    """One registered op: its schema, its fake, and one implementation for each backend that has kernels.
+
+    The schema's last argument must be ``str backend``, and an implementation takes all the others.
+
+        op = Op("square(Tensor x, str backend) -> Tensor", fake=lambda x, backend: torch.empty_like(x))
+
+        @op.implement("native")
+        def _(x): ...
+    """
+
+    def __init__(self, schema: str, fake: Callable):
+        self.name = schema.split("(")[0]
+        self.implementations: dict[str, Callable] = {}
+        LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])
+        LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"par_xl::{self.name}", fake, lib=LIBRARY)
+        self.overload = getattr(torch.ops.par_xl, self.name).default
+        OPS[self.name] = self
+
+    def implement(self, backend: str) -> Callable:
+        def register(function: Callable) -> Callable:
+            self.implementations[backend] = function
+            return function
+
+        return register
+
+    def _run(self, *args: Any) -> Any:
+        *inputs, backend = args
+        device = next(x for x in inputs if isinstance(x, Tensor)).device
+        other = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if other else nullcontext():
+            return self.implementations[backend](*inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+
+_selected = "auto"
+
+
+class use_backend:
+    """Choose the backend of every op that is not told one: ``use_backend("eager")``, plain or as a context manager.
+
+    The choice holds for the whole process; a backward runs on the backend of its forward.
+
+    Raises:
+        ValueError: ``name`` is not "auto", "eager", "native" or "triton".
+    """
+
+    def __init__(self, name: str):
+        global _selected
+        _check_name(name)
+        self._before, _selected = _selected, name
+
+    def __enter__(self) -> "use_backend":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _selected
+        _selected = self._before
+
+
+def _check_name(name: str) -> None:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f'backend must be "auto", "eager", "native" or "triton", not {name!r}')
+
+
+@cache
+def _why_not(backend: str, device: str) -> str:
+    """Why a backend cannot run on a device type ("" if it can)."""
+    if device not in AUTO:
+        return "" if backend == "eager" else f"there are no kernels for {device}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if backend == "native":
+        if _C is None:
+            return _missing_extension
+        return "" if device == "cpu" or _C.has_cuda else f"CUDA kernels {_C.cuda_info}"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton runs on the CPU only in its interpreter (TRITON_INTERPRET=1)"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def _choose(op: str, requested: str, device: str, dtype: torch.dtype) -> str:
+    _check_name(requested)
+    implementations = OPS[op].implementations
+    if requested == "auto":
+        if dtype not in DTYPES:
+            return "eager"
+        order = AUTO.get(device, ("eager",))
+        return next(b for b in order if b == "eager" or (b in implementations and not _why_not(b, device)))
+    reason = _why_not(requested, device)
+    if requested != "eager":
+        if requested not in implementations:
+            reason = reason or f"{op} has no {requested} kernels"
+        if dtype not in DTYPES:
+            reason = reason or f"there are no kernels for {dtype}"
+    if reason:
+        raise ValueError(f'backend="{requested}" cannot run on {device}: {reason}')
+    return requested
+
+
+def choose(op: Op, backend: str | None, x: Tensor) -> str:
+    """The backend that runs ``op`` on tensors like ``x``: the one asked for by name, or the best that there is.
+
+    Raises:
+        ValueError: the name is unknown, or the backend that was asked for cannot run this call, and why.
+    """
+    return _choose(op.name, backend or _selected, x.device.type, x.dtype)
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """Which backends are there, by device type: ``{"native": {"cpu": "available", "cuda": "torch sees no GPU"}, ...}``."""
+    return {name: {device: _why_not(name, device) or "available" for device in AUTO} for name in BACKENDS}
+
+
+def build_info() -> dict[str, str]:
+    """What the extension was built with: the instruction set chosen for this processor, and the CUDA architectures."""
+    if _C is None:
+        return {"extension": _missing_extension}
+    return {"extension": "built", "cpu": _C.isa, "cuda": _C.cuda_info}
