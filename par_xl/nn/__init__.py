@@ -1,5 +1,6 @@
 """Drop-in modules built from the ops."""
 
+from par_xl.nn.dropout import EmbeddingDropout, LockedDropout, WeightDrop
 from par_xl.nn.regularization import ActivationRegularization
 
-__all__ = ["ActivationRegularization"]
+__all__ = ["ActivationRegularization", "EmbeddingDropout", "LockedDropout", "WeightDrop"]

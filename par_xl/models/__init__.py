@@ -1,0 +1,6 @@
+"""Reference models built from ``par_xl.nn``, all called as ``model(tokens, targets=None, memory=None)``."""
+
+from par_xl.models.awd_lstm import AWDLSTM, AWDLSTMConfig, AWDLSTMOutput
+from par_xl.models.output import ModelOutput
+
+__all__ = ["AWDLSTM", "AWDLSTMConfig", "AWDLSTMOutput", "ModelOutput"]

@@ -1,0 +1,23 @@
+"""What every language model of this package returns."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class ModelOutput:
+    """The result of ``model(tokens, targets=None, memory=None)``, ``tokens`` and ``targets`` int64 ``(B, T)``.
+
+    Attributes:
+        hidden: ``(B, T, d)``, what the output layer sees.
+        memory: the detached state for the next segment's ``memory``.
+        nll: ``(B, T)``, the negative log-likelihood of each target, fp32 (fp64 in fp64); None without targets.
+        loss: 0-d, what to minimise: the mean of ``nll`` plus the model's own penalties; None without targets.
+    """
+
+    hidden: Tensor
+    memory: Any
+    nll: Tensor | None = None
+    loss: Tensor | None = None
