@@ -1,4 +1,7 @@
-"""The fused operations. One file per op, read top to bottom: maths, reference, schema and fake, Function, public function."""
+"""The fused operations, one file per op.
+
+Each file reads top to bottom: maths, reference, schema and fake, backends, autograd.Function, public function.
+"""
 
 from par_xl.ops.ar_tar import ArTarLoss, ar_tar_loss
 from par_xl.ops.registry import backends, build_info, use_backend

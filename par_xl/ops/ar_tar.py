@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from par_xl.ops.registry import _C, DTYPES, Op, choose
+from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only
 
 
 def ar_tar_reference(output: Tensor, raw: Tensor, lengths: Tensor | None, alpha: float, beta: float) -> Tensor:
@@ -119,7 +118,7 @@ def _backward_triton(grad, output, raw, lengths, scale, need_output, need_raw):
 
 
 class ArTarLoss(torch.autograd.Function):
-    """The fused op: ``ArTarLoss.apply(output, raw or None, lengths or None, alpha, beta, backend)``; see :func:`ar_tar_loss`."""
+    """``ArTarLoss.apply(output, raw or None, lengths or None, alpha, beta, backend)``; see :func:`ar_tar_loss`."""
 
     @staticmethod
     def forward(ctx, output, raw, lengths, alpha, beta, backend):
@@ -129,7 +128,7 @@ class ArTarLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         output, raw, lengths, scale = ctx.saved_tensors
         need_output, need_raw = ctx.needs_input_grad[:2]

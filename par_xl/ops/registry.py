@@ -8,7 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch  # before the extension, whose libgomp.so.1 is then the one that torch has loaded
@@ -70,6 +70,36 @@ class Op:
         return self.overload(*args)
 
 
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes a gradient on, and raises when it is itself differentiated."""
+
+    @staticmethod
+    def forward(ctx, gradient, *inputs):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError('par_xl\'s fused ops have no second derivative; ask for one with backend="eager"')
+
+
+def first_derivative_only(backward: Callable) -> Callable:
+    """Wrap the ``backward`` of a fused op, so that a second derivative raises instead of leaving out a term.
+
+    torch's ``once_differentiable`` does not suffice: it lets ``create_graph=True`` return gradients that look constant.
+    """
+
+    @wraps(backward)
+    def wrapper(ctx, *grads):
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return gradients
+        inputs = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
+        return tuple(g if g is None else _NoSecondDerivative.apply(g, *inputs) for g in gradients)
+
+    return wrapper
+
+
 _selected = "auto"
 
 
@@ -119,7 +149,6 @@ def _why_not(backend: str, device: str) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
 def _choose(op: str, requested: str, device: str, dtype: torch.dtype) -> str:
     _check_name(requested)
     implementations = OPS[op].implementations
@@ -139,6 +168,11 @@ def _choose(op: str, requested: str, device: str, dtype: torch.dtype) -> str:
     return requested
 
 
+# torch.compile takes the choice as a constant of the graph. This is what torch.compiler.assume_constant_result sets, which
+# would import torch._dynamo, and with it triton, into every program that imports par_xl.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def choose(op: Op, backend: str | None, x: Tensor) -> str:
     """The backend that runs ``op`` on tensors like ``x``: the one asked for by name, or the best that there is.
 
@@ -149,7 +183,7 @@ def choose(op: Op, backend: str | None, x: Tensor) -> str:
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """Which backends are there, by device type: ``{"native": {"cpu": "available", "cuda": "torch sees no GPU"}, ...}``."""
+    """Which backends are there, or why not: ``{"native": {"cpu": "available", "cuda": "torch sees no GPU"}, ...}``."""
     return {name: {device: _why_not(name, device) or "available" for device in AUTO} for name in BACKENDS}
 
 

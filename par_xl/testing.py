@@ -1,0 +1,347 @@
+"""Checks that every op passes on every backend, and ahead-of-time compilation of the Triton kernels without a GPU.
+
+A test file subclasses :class:`OpChecks`, names the registered ops that it covers and lists its cases.
+``tests/conftest.py`` turns the class's ``cases``, ``gradcheck_cases``, ``dtypes`` and ``bad_input`` into parameters.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from par_xl.ops import registry
+
+Inputs = dict[str, Any]
+# A case makes the keyword arguments of a call; randn(*shape) gives a leaf of the dtype and device under test.
+Case = Callable[[Callable[..., Tensor]], Inputs]
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+    """The case's arguments: normal variates rounded to ``dtype``, the same for every dtype and device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return x.to(device, dtype).requires_grad_()
+
+    inputs = case(randn)
+    return tree_map_only(Tensor, lambda x: x if x.is_floating_point() else x.to(device), inputs)
+
+
+def leaves(inputs: Inputs) -> list[Tensor]:
+    """The differentiable tensors among the arguments, each once."""
+    found = [x for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.requires_grad]
+    return list({id(x): x for x in found}.values())
+
+
+def promoted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """A copy in another dtype that keeps which arguments are one and the same tensor."""
+    made: dict[int, Tensor] = {}
+
+    def convert(x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            made.setdefault(id(x), x.detach().to(dtype, copy=True).requires_grad_(x.requires_grad))
+        return made.get(id(x), x)
+
+    return tree_map_only(Tensor, convert, inputs)
+
+
+def run(function: Callable, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and the gradients of a fixed weighted sum of them."""
+    outputs = [x for x in tree_flatten(function(**inputs))[0] if isinstance(x, Tensor) and x.requires_grad]
+    weights = [torch.linspace(-1, 1.5, x.numel(), device=x.device, dtype=x.dtype).view(x.shape) for x in outputs]
+    total = sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
+    gradients = torch.autograd.grad(total, leaves(inputs))
+    return [x.detach() for x in outputs], list(gradients)
+
+
+def assert_within_budget(actual: Tensor, exact: Tensor, allowed: float) -> None:
+    """``|actual - exact|`` is at most ``allowed`` plus an eps of the tensor's size."""
+    assert actual.shape == exact.shape
+    if exact.numel() == 0:
+        return
+    assert torch.isfinite(actual).all()
+    error = largest_error(actual, exact)
+    band = torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    assert error <= allowed + band, f"error {error:.3g}, allowed {allowed:.3g}, band {band:.3g}"
+
+
+def largest_error(x: Tensor, exact: Tensor) -> float:
+    return (x.double() - exact.double()).abs().max().item() if x.numel() else 0.0
+
+
+@contextmanager
+def nan_allocations() -> Iterator[None]:
+    """Memory from ``torch.empty`` and its relatives holds NaN, as a result that was never written then does."""
+
+    def poisoned(allocate: Callable) -> Callable:
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            x = allocate(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        return wrapper
+
+    targets = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
+    patches = [mock.patch.object(owner, name, poisoned(getattr(owner, name))) for owner, name in targets]
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+@contextmanager
+def recorded_ops() -> Iterator[dict[str, tuple]]:
+    """The arguments of the registered ops that run inside, by name."""
+    calls: dict[str, tuple] = {}
+    original = registry.Op.__call__
+
+    def record(op: registry.Op, *args: Any) -> Any:
+        calls[op.name] = args
+        return original(op, *args)
+
+    with mock.patch.object(registry.Op, "__call__", record):
+        yield calls
+
+
+def restrided(x: Tensor) -> Tensor:
+    """The same values in other strides: dimensions stored in reverse order, every second element of the last."""
+    wide = torch.full((*reversed(x.shape[:-1]), 2 * x.shape[-1]), torch.nan, dtype=x.dtype, device=x.device)
+    order = [*reversed(range(x.dim() - 1)), x.dim() - 1]
+    view = wide.permute(order)[..., ::2]
+    view.copy_(x.detach())
+    return view.requires_grad_(x.requires_grad)
+
+
+class OpChecks:
+    """What an op must pass; see ``tests/test_ar_tar.py`` for a complete use.
+
+    Attributes:
+        ops: names of the registered ops that these checks cover.
+        call: the public function (a staticmethod) with a ``backend`` argument.
+        cases, gradcheck_cases: name -> case; the second ones are tiny.
+        dtypes: the dtypes that the kernels take.
+        bad_input: name -> (arguments that replace those of the first case, exception, part of its message).
+    """
+
+    ops: tuple[str, ...]
+    call: Callable
+    cases: dict[str, Case]
+    gradcheck_cases: dict[str, Case]
+    bad_input: dict[str, tuple[Inputs, type[Exception], str]]
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+    def first_case(self, dtype: torch.dtype, device: str) -> Inputs:
+        return make_inputs(next(iter(self.cases.values())), dtype, device)
+
+    def on(self, backend: str) -> Callable:
+        return lambda **inputs: type(self).call(**inputs, backend=backend)
+
+    def test_gradcheck(self, gradcheck_case: Case, backend: str, device: str) -> None:
+        inputs = make_inputs(gradcheck_case, torch.float64, device)
+        variables = leaves(inputs)
+
+        def function(*values: Tensor) -> Any:
+            replaced = {id(old): new for old, new in zip(variables, values, strict=True)}
+            return self.on(backend)(**tree_map_only(Tensor, lambda x: replaced.get(id(x), x), inputs))
+
+        assert torch.autograd.gradcheck(function, variables, nondet_tol=0.0)
+
+    def test_error_budget(self, case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
+        """Against fp64, at most twice the error of eager PyTorch in the same dtype, plus an eps.
+
+        fp64 has no wider reference to measure eager's error with: there, 1e-13 of the tensor's size.
+        """
+        inputs = make_inputs(case, dtype, device)
+        actual, eager = run(self.on(backend), inputs), run(self.on("eager"), inputs)
+        exact = run(self.on("eager"), promoted(inputs, torch.float64))
+        for groups in zip(actual, eager, exact, strict=True):
+            for x, peer, reference in zip(*groups, strict=True):
+                assert x.dtype == peer.dtype
+                size = reference.abs().max().item() if x.numel() else 0.0
+                own = 1e-13 * size if dtype == torch.float64 else largest_error(peer, reference)
+                assert_within_budget(x, reference, 2 * own)
+
+    def test_opcheck(self, backend: str, device: str) -> None:
+        with recorded_ops() as calls:
+            run(self.on(backend), self.first_case(torch.float32, device))
+        assert set(calls) >= set(self.ops)
+        for name in self.ops:
+            arguments = tree_map_only(Tensor, lambda x: x.detach(), calls[name])
+            torch.library.opcheck(registry.OPS[name].overload, arguments)
+
+    def test_compile(self, backend: str, device: str) -> None:
+        function = torch.compile(self.on(backend), fullgraph=True, dynamic=False)
+        self._compare(function, self.on(backend), self.first_case(torch.float32, device))
+
+    def test_compile_dynamic(self, backend: str, device: str) -> None:
+        function = torch.compile(self.on(backend), fullgraph=True, dynamic=True)
+        for case in list(self.cases.values())[:2]:
+            self._compare(function, self.on(backend), make_inputs(case, torch.float32, device))
+
+    def test_compile_in_a_cold_process(self, backend: str, device: str) -> None:
+        """The first call of a process is a compiled one: nothing may hang on an earlier eager call."""
+        script = (
+            "import sys, importlib, torch\n"
+            "checks = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])()\n"
+            "inputs = checks.first_case(torch.float32, sys.argv[4])\n"
+            "from par_xl.testing import run\n"
+            "run(torch.compile(checks.on(sys.argv[3]), fullgraph=True), inputs)\n"
+        )
+        folder = os.path.dirname(os.path.abspath(sys.modules[type(self).__module__].__file__ or ""))
+        arguments = [type(self).__module__.split(".")[-1], type(self).__name__, backend, device]
+        environment = {**os.environ, "PYTHONPATH": folder}
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+    def test_bits_repeat(self, backend: str, device: str) -> None:
+        for dtype in (torch.float32, torch.float16):
+            inputs = self.first_case(dtype, device)
+            first = run(self.on(backend), inputs)
+            for _ in range(3):
+                self._equal(run(self.on(backend), inputs), first)
+
+    def test_every_element_is_written(self, case: Case, backend: str, device: str) -> None:
+        inputs = make_inputs(case, torch.float32, device)
+        clean = run(self.on(backend), inputs)
+        with nan_allocations():
+            self._equal(run(self.on(backend), inputs), clean)
+
+    def test_strides(self, backend: str, device: str) -> None:
+        inputs = self.first_case(torch.float32, device)
+        made: dict[int, Tensor] = {}
+        other = tree_map_only(
+            Tensor, lambda x: made.setdefault(id(x), restrided(x)) if x.is_floating_point() else x, copy.copy(inputs)
+        )
+        self._compare(self.on(backend), self.on(backend), other, inputs)
+
+    def test_autocast(self, backend: str, device: str) -> None:
+        inputs = self.first_case(torch.float32, device)
+        with torch.autocast(device, torch.bfloat16):
+            actual = run(self.on(backend), inputs)
+        for got, wanted in zip(actual, run(self.on(backend), inputs), strict=True):
+            for x, y in zip(got, wanted, strict=True):
+                torch.testing.assert_close(x.float(), y, rtol=0.05, atol=0.05 * y.abs().max().item())
+
+    def test_bad_input(self, bad: tuple[Inputs, type[Exception], str], backend: str, device: str) -> None:
+        replaced, error, message = bad
+        inputs = self.first_case(torch.float32, device)
+        try:
+            self.on(backend)(**{**inputs, **replaced})
+        except error as raised:
+            assert message in str(raised), f"{message!r} is not in {str(raised)!r}"
+        else:
+            raise AssertionError(f"no {error.__name__} was raised")
+
+    def test_second_derivative_is_an_error(self, backend: str, device: str) -> None:
+        inputs = self.first_case(torch.float32, device)
+        output = tree_flatten(self.on(backend)(**inputs))[0][0]
+        first = torch.autograd.grad(output.sum(), leaves(inputs), create_graph=True)
+        try:
+            sum(x.sum() for x in first).backward()  # type: ignore[union-attr]
+        except RuntimeError as raised:
+            assert "no second derivative" in str(raised)
+        else:
+            raise AssertionError("a second derivative was computed")
+
+    def _compare(self, actual: Callable, wanted: Callable, inputs: Inputs, others: Inputs | None = None) -> None:
+        for got, want in zip(run(actual, inputs), run(wanted, others or inputs), strict=True):
+            for x, y in zip(got, want, strict=True):
+                torch.testing.assert_close(x, y)
+
+    def _equal(self, actual: tuple, wanted: tuple) -> None:
+        for got, want in zip(actual, wanted, strict=True):
+            for x, y in zip(got, want, strict=True):
+                assert torch.equal(x, y), "the bits differ"
+
+
+@dataclass
+class Compiled:
+    """A Triton kernel as launched, compiled for one architecture."""
+
+    kernel: str
+    capability: int
+    registers: int
+    stack: int  # bytes; more than 0 means spills
+    shared: int  # bytes
+    sass: str
+
+
+def compile_launches(launches: str, capabilities: tuple[int, ...] = (80, 90, 100)) -> list[Compiled]:
+    """Compile every Triton kernel that ``module:function`` launches, with the arguments it launches it with.
+
+    ``function()`` calls launchers of ``par_xl.kernels`` on CPU tensors. It runs in a process of its own, where the
+    interpreter is off and a driver without a GPU compiles each launch instead of running it.
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "par_xl.testing", launches, *map(str, capabilities)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return [Compiled(**one) for one in json.loads(done.stdout.splitlines()[-1])]
+
+
+def _compile_in_this_process(launches: str, capabilities: list[int]) -> list[Compiled]:
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    module, function = launches.split(":")
+    launch = getattr(importlib.import_module(module), function)
+    found: list[Compiled] = []
+    original = JITFunction.run
+    for capability in capabilities:
+        driver = mock.Mock()
+        driver.get_current_device.return_value = capability  # kernels are cached by device
+        driver.get_current_target.return_value = GPUTarget("cuda", capability, 32)
+        triton.runtime.driver.set_active(driver)
+
+        def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+            found.append(Compiled(self.fn.__name__, capability, *inspect_cubin(kernel.asm["cubin"])))  # noqa: B023
+            return kernel
+
+        with mock.patch.object(JITFunction, "run", compile_only):
+            launch()
+    return found
+
+
+def inspect_cubin(cubin: bytes) -> tuple[int, int, int, str]:
+    """Registers, stack bytes, shared bytes and machine code of a cubin with one kernel, by Triton's own cuobjdump."""
+    import re
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (cuobjdump(option, file.name) for option in ("--dump-resource-usage", "--dump-sass"))
+    number = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    return number["REG"], number["STACK"] + number["LOCAL"], number["SHARED"], sass
+
+
+def cuobjdump(*arguments: str) -> str:
+    """The output of the cuobjdump that Triton carries."""
+    import triton
+
+    program = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(one) for one in _compile_in_this_process(sys.argv[1], [int(x) for x in sys.argv[2:]])]))

@@ -1,0 +1,47 @@
+"""Parameters and skips shared by the tests. Without a GPU the Triton kernels run in their interpreter."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+
+import pytest
+
+from par_xl.ops import registry
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def pytest_generate_tests(metafunc):
+    """Turn the tables of an OpChecks class into parameters."""
+    names = metafunc.fixturenames
+    for argument, table in (("case", "cases"), ("gradcheck_case", "gradcheck_cases"), ("bad", "bad_input")):
+        if argument in names and hasattr(metafunc.cls, table):
+            cases = getattr(metafunc.cls, table)
+            metafunc.parametrize(argument, list(cases.values()), ids=list(cases))
+    if "dtype" in names and hasattr(metafunc.cls, "dtypes"):
+        metafunc.parametrize("dtype", metafunc.cls.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+    if "backend" in names:
+        metafunc.parametrize("backend", ["native", "triton"])
+    if "device" in names:
+        metafunc.parametrize("device", DEVICES)
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what this machine cannot run, and say why."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        device = parameters.get("device", "cuda" if item.get_closest_marker("gpu") else "cpu")
+        reason = registry._why_not(parameters.get("backend", "eager"), device)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.manual_seed(0)
+    yield
+    torch.compiler.reset()
+    registry.use_backend("auto")
