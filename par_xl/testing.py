@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 from unittest import mock
 
@@ -123,6 +124,23 @@ def restrided(x: Tensor) -> Tensor:
     view = wide.permute(order)[..., ::2]
     view.copy_(x.detach())
     return view.requires_grad_(x.requires_grad)
+
+
+def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that torch has allocated beyond those before the call, at the worst moment; results included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        held = function()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [bytes for _, bytes in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")]
+    del held
+    return max(accumulate(changes), default=0)
 
 
 class OpChecks:

@@ -6,59 +6,33 @@
 namespace par_xl::PAR_XL_ISA {
 namespace {
 
+constexpr int64_t STREAMED_BYTES = 8 << 20;  // a gradient larger than this leaves the caches before it is read
+
 int64_t strip_steps(const ArTar& p) { return max(1, min(p.steps, (1 << 16) / max(1, p.width))); }
 int64_t strips(const ArTar& p) { return ceil_div(p.steps, strip_steps(p)); }
 int64_t real_steps(const ArTar& p, int64_t b) { return p.lengths ? p.lengths[b] : p.steps; }
 
+// Adds to sums: output^2 and (raw - before)^2 over a row. Both rows stream through one loop, so that the reads of the
+// two tensors overlap.
 template <class T>
-PAR_XL_INLINE acc_t<T> sum_of_squares(const T* x, int64_t width) {
-    acc_t<T> sum = 0;
-#pragma omp simd reduction(+ : sum)
+PAR_XL_INLINE void add_row(const T* output, const T* raw, const T* before, int64_t width, double* sums) {
+    acc_t<T> ar = 0, tar = 0;
+#pragma omp simd reduction(+ : ar, tar)
     for (int64_t i = 0; i < width; ++i) {
-        acc_t<T> v = load(x[i]);
-        sum += v * v;
+        const acc_t<T> o = load(output[i]), step = load(raw[i]) - load(before[i]);
+        ar += o * o;
+        tar += step * step;
     }
-    return sum;
-}
-
-template <class T>
-PAR_XL_INLINE acc_t<T> sum_of_squared_steps(const T* x, const T* before, int64_t width) {
-    acc_t<T> sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < width; ++i) {
-        acc_t<T> step = load(x[i]) - load(before[i]);
-        sum += step * step;
-    }
-    return sum;
+    sums[0] += ar;
+    sums[1] += tar;
 }
 
 template <class T>
 void sum_strip(const ArTar& p, int64_t b, int64_t begin, int64_t end, double* sums) {
     const Rows& raw = p.raw.data ? p.raw : p.output;
-    double ar = 0, tar = 0;
-    for (int64_t t = begin; t < min(end, real_steps(p, b)); ++t) {
-        ar += sum_of_squares(row<T>(p.output, b, t), p.width);
-        if (t > 0) tar += sum_of_squared_steps(row<T>(raw, b, t), row<T>(raw, b, t - 1), p.width);
-    }
-    sums[0] = ar;
-    sums[1] = tar;
-}
-
-// d_output = ar * output
-template <class T>
-PAR_XL_INLINE void ar_gradient(T* d, const T* x, acc_t<T> ar, int64_t width) {
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) d[i] = store<T>(ar * load(x[i]));
-}
-
-// d_raw[t] = tar * ((raw[t] - raw[t-1]) - (raw[t+1] - raw[t])) + ar * raw[t]; at an end, the neighbour is the row itself
-template <class T>
-PAR_XL_INLINE void tar_gradient(T* d, const T* before, const T* x, const T* after, acc_t<T> ar, acc_t<T> tar, int64_t width) {
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-        acc_t<T> v = load(x[i]);
-        d[i] = store<T>(tar * ((v - load(before[i])) - (load(after[i]) - v)) + ar * v);
-    }
+    sums[0] = sums[1] = 0;
+    for (int64_t t = begin; t < min(end, real_steps(p, b)); ++t)  // the first step is its own predecessor: a step of 0
+        add_row(row<T>(p.output, b, t), row<T>(raw, b, t), row<T>(raw, b, max(t - 1, 0)), p.width, sums);
 }
 
 template <class T>
@@ -67,17 +41,28 @@ void differentiate_strip(const ArTar& p, int64_t b, int64_t begin, int64_t end, 
     const bool shared = !p.raw.data;  // one tensor plays both parts: d_output takes the sum of the two gradients
     const Rows& raw = shared ? p.output : p.raw;
     const Rows& d_steps = shared ? d_output : d_raw;
+    const acc_t<T> ar_steps = shared ? ar : acc_t<T>(0);
+    const bool stream = p.batch * p.steps * p.width * int64_t(sizeof(T)) >= STREAMED_BYTES;
     for (int64_t t = begin; t < end; ++t) {
         if (t >= steps) {  // padding
             if (d_output.data) memset(row<T>(d_output, b, t), 0, p.width * sizeof(T));
             if (d_raw.data) memset(row<T>(d_raw, b, t), 0, p.width * sizeof(T));
             continue;
         }
-        if (d_output.data && !shared) ar_gradient(row<T>(d_output, b, t), row<T>(p.output, b, t), ar, p.width);
-        if (d_steps.data)
-            tar_gradient(row<T>(d_steps, b, t), row<T>(raw, b, max(t - 1, 0)), row<T>(raw, b, t),
-                         row<T>(raw, b, min(t + 1, steps - 1)), shared ? ar : acc_t<T>(0), tar, p.width);
+        if (d_output.data && !shared) {
+            const T* x = row<T>(p.output, b, t);
+            write_row(row<T>(d_output, b, t), p.width, stream, [=](int64_t i) { return ar * load(x[i]); });
+        }
+        if (d_steps.data) {  // at an end of the sequence the neighbour is the row itself
+            const T* x = row<T>(raw, b, t);
+            const T *before = row<T>(raw, b, max(t - 1, 0)), *after = row<T>(raw, b, min(t + 1, steps - 1));
+            write_row(row<T>(d_steps, b, t), p.width, stream, [=](int64_t i) {
+                const acc_t<T> v = load(x[i]);
+                return tar * ((v - load(before[i])) - (load(after[i]) - v)) + ar_steps * v;
+            });
+        }
     }
+    finish_streaming();
 }
 
 template <class F>

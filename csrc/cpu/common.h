@@ -2,6 +2,9 @@
 // it sits in that namespace or is forced inline: a shared inline function could be linked from its AVX-512 copy.
 #pragma once
 #include <omp.h>
+#if PAR_XL_X86
+#include <immintrin.h>
+#endif
 
 #include <cstring>
 
@@ -71,6 +74,44 @@ PAR_XL_INLINE void dispatch(DType dtype, F&& f) {
 template <class T>
 PAR_XL_INLINE T* row(const Rows& x, int64_t b, int64_t t) {
     return static_cast<T*>(x.data) + b * x.batch_stride + t * x.time_stride;
+}
+
+// 64 bytes past the caches: a plain store reads the line from memory first.
+PAR_XL_INLINE void stream_line(void* to, const void* from) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX2__)
+    for (int i = 0; i < 2; ++i) _mm256_stream_si256(static_cast<__m256i*>(to) + i, _mm256_loadu_si256(static_cast<const __m256i*>(from) + i));
+#elif defined(__SSE2__)
+    for (int i = 0; i < 4; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_loadu_si128(static_cast<const __m128i*>(from) + i));
+#else
+    memcpy(to, from, 64);
+#endif
+}
+
+// A thread's streamed lines are visible to the others after this.
+PAR_XL_INLINE void finish_streaming() {
+#if PAR_XL_X86
+    _mm_sfence();
+#endif
+}
+
+// to[i] = store(value(i)); `stream` for results too large to be found in a cache when they are next read.
+template <class T, class F>
+PAR_XL_INLINE void write_row(T* to, int64_t width, bool stream, F&& value) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    int64_t i = 0;
+    if (stream) {
+        for (; i < width && reinterpret_cast<uintptr_t>(to + i) % 64; ++i) to[i] = store<T>(value(i));
+        for (; i + LINE <= width; i += LINE) {
+            T line[LINE];
+#pragma omp simd
+            for (int64_t k = 0; k < LINE; ++k) line[k] = store<T>(value(i + k));
+            stream_line(to + i, line);
+        }
+    }
+#pragma omp simd
+    for (int64_t k = i; k < width; ++k) to[k] = store<T>(value(k));
 }
 
 PAR_XL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

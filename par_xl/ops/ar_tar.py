@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only
+from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, to_be_filled
 
 
 def ar_tar_reference(output: Tensor, raw: Tensor, lengths: Tensor | None, alpha: float, beta: float) -> Tensor:
@@ -89,7 +89,7 @@ def _forward_native(output, raw, lengths, alpha, beta):
 
 @BACKWARD.implement("native")
 def _backward_native(grad, output, raw, lengths, scale, need_output, need_raw):
-    d_output, d_raw = _fake_backward(grad, output, raw, lengths, scale, need_output, need_raw, None)
+    d_output, d_raw = map(to_be_filled, _fake_backward(grad, output, raw, lengths, scale, need_output, need_raw, None))
     args = _problem(output, raw, lengths), grad.data_ptr(), scale.data_ptr(), _rows(d_output), _rows(d_raw)
     if output.is_cuda:
         _C.ar_tar_backward_cuda(*args, torch.cuda.current_stream().cuda_stream)

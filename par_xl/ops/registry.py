@@ -70,6 +70,17 @@ class Op:
         return self.overload(*args)
 
 
+def to_be_filled(x: Tensor) -> Tensor:
+    """Ask for huge pages under a large, new CPU tensor that a kernel is about to fill; returns it.
+
+    malloc maps 32 MB and more anew each time; the first touch of each 4 KB page is then a page fault, and those cost
+    several times the writing itself.
+    """
+    if _C is not None and x.device.type == "cpu" and x.nbytes >= 32 << 20:
+        _C.prefer_huge_pages(x.data_ptr(), x.nbytes)
+    return x
+
+
 class _NoSecondDerivative(torch.autograd.Function):
     """Passes a gradient on, and raises when it is itself differentiated."""
 
@@ -168,8 +179,8 @@ def _choose(op: str, requested: str, device: str, dtype: torch.dtype) -> str:
     return requested
 
 
-# torch.compile takes the choice as a constant of the graph. This is what torch.compiler.assume_constant_result sets, which
-# would import torch._dynamo, and with it triton, into every program that imports par_xl.
+# torch.compile takes the choice as a constant of the graph. torch.compiler.assume_constant_result sets this too, but
+# imports torch._dynamo, and with it triton, into every program that imports par_xl.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

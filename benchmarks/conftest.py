@@ -1,0 +1,112 @@
+"""The ``race`` fixture: correctness, then interleaved times, memory and ceilings, written to a small JSON file.
+
+pytest benchmarks/bench_ar_tar.py --results benchmarks/results      # par-xl bench does this for every file
+"""
+
+import datetime
+import json
+import os
+import platform
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from timing import ceilings, compare, cpu_seconds, gpu_seconds, peak_megabytes
+
+import par_xl
+
+GPU = torch.cuda.is_available()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", type=Path, help="folder of the result files, one for each benchmark file")
+    parser.addoption("--seconds", type=float, default=1.0, help="time for each candidate of each case")
+
+
+def device_name():
+    if GPU:
+        return torch.cuda.get_device_name()
+    model = (
+        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        if os.path.exists("/proc/cpuinfo")
+        else None
+    )
+    return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def machine():
+    import triton
+
+    versions = {"par_xl": par_xl.__version__, "torch": torch.__version__, "triton": triton.__version__}
+    return {
+        "device": device_name(),
+        "date": datetime.date.today().isoformat(),
+        **versions,
+        "python": platform.python_version(),
+    }
+
+
+@pytest.fixture(scope="session")
+def device():
+    return "cuda" if GPU else "cpu"
+
+
+@pytest.fixture
+def race(request, benchmark, device):
+    """``race(candidates, inputs, ours=..., nbytes=..., flops=...)``: times the candidates against each other.
+
+    ``candidates`` maps names to functions of one input tuple; the first is the baseline and the truth. ``inputs`` is a
+    list of such tuples, used in turn. ``nbytes`` and ``flops`` are the least that one call must move and compute.
+    """
+
+    def run(candidates, inputs, ours, *, tolerance, nbytes=0, read_only=False, flops=0, memory=False, target=""):
+        compare(candidates, inputs[0], tolerance)
+        clock = gpu_seconds if device == "cuda" else cpu_seconds
+        seconds = clock(candidates, inputs, request.config.getoption("seconds"))
+        baseline = next(iter(candidates))
+        ceiling = ceilings(device)
+        result = {
+            "ms": {name: round(value * 1e3, 4) for name, value in seconds.items()},
+            "times faster than": {
+                name: round(value / seconds[ours], 2) for name, value in seconds.items() if name != ours
+            },
+        }
+        if nbytes:
+            rate = ceiling["read" if read_only else "copy"]
+            result["GB/s"] = round(nbytes / seconds[ours] / 1e9, 1)
+            result["share of the bandwidth"] = round(nbytes / seconds[ours] / rate, 3)
+        if flops:
+            result["GFLOP/s"] = round(flops / seconds[ours] / 1e9, 1)
+            result["share of the matrix rate"] = round(flops / seconds[ours] / ceiling["matmul"], 3)
+        if memory:
+            result["peak MB"] = {k: round(v, 2) for k, v in peak_megabytes(candidates, inputs[0]).items()}
+        if target:
+            result["target"] = target
+        result["ours"], result["baseline"] = ours, baseline
+        benchmark.extra_info.update(result)
+        benchmark.pedantic(candidates[ours], inputs[0], rounds=3, warmup_rounds=1)
+        collected(request.config).setdefault(request.path.stem, {})[request.node.name] = result
+        print(f"\n{request.node.name}: {json.dumps(result)}")
+
+    return run
+
+
+def collected(config):
+    if not hasattr(config, "_races"):
+        config._races = {}
+    return config._races
+
+
+def pytest_sessionfinish(session):
+    folder = session.config.getoption("results")
+    for name, cases in collected(session.config).items() if folder else ():
+        device = "cuda" if GPU else "cpu"
+        path = (
+            folder
+            / re.sub(r"\W+", "-", device_name().split(",")[0]).strip("-").lower()
+            / f"{name.removeprefix('bench_')}.json"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ceiling = {key: round(value / 1e9, 1) for key, value in ceilings(device).items()}
+        path.write_text(json.dumps({"machine": machine(), "ceilings, G/s": ceiling, "cases": cases}, indent=1) + "\n")
