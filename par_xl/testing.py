@@ -1,17 +1,15 @@
-"""Checks that every op passes on every backend, and ahead-of-time compilation of the Triton kernels without a GPU.
+"""Checks that every op passes on every backend. (:mod:`par_xl.machine_code` compiles kernels without a GPU.)
 
 A test file subclasses :class:`OpChecks`, names the registered ops that it covers and lists its cases.
 ``tests/conftest.py`` turns the class's ``cases``, ``gradcheck_cases``, ``dtypes`` and ``bad_input`` into parameters.
 """
 
 import copy
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
 from unittest import mock
@@ -285,81 +283,3 @@ class OpChecks:
         for got, want in zip(actual, wanted, strict=True):
             for x, y in zip(got, want, strict=True):
                 assert torch.equal(x, y), "the bits differ"
-
-
-@dataclass
-class Compiled:
-    """A Triton kernel as launched, compiled for one architecture."""
-
-    kernel: str
-    capability: int
-    registers: int
-    stack: int  # bytes; more than 0 means spills
-    shared: int  # bytes
-    sass: str
-
-
-def compile_launches(launches: str, capabilities: tuple[int, ...] = (80, 90, 100)) -> list[Compiled]:
-    """Compile every Triton kernel that ``module:function`` launches, with the arguments it launches it with.
-
-    ``function()`` calls launchers of ``par_xl.kernels`` on CPU tensors. It runs in a process of its own, where the
-    interpreter is off and a driver without a GPU compiles each launch instead of running it.
-    """
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "par_xl.testing", launches, *map(str, capabilities)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return [Compiled(**one) for one in json.loads(done.stdout.splitlines()[-1])]
-
-
-def _compile_in_this_process(launches: str, capabilities: list[int]) -> list[Compiled]:
-    import importlib
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
-    module, function = launches.split(":")
-    launch = getattr(importlib.import_module(module), function)
-    found: list[Compiled] = []
-    original = JITFunction.run
-    for capability in capabilities:
-        driver = mock.Mock()
-        driver.get_current_device.return_value = capability  # kernels are cached by device
-        driver.get_current_target.return_value = GPUTarget("cuda", capability, 32)
-        triton.runtime.driver.set_active(driver)
-
-        def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
-            found.append(Compiled(self.fn.__name__, capability, *inspect_cubin(kernel.asm["cubin"])))  # noqa: B023
-            return kernel
-
-        with mock.patch.object(JITFunction, "run", compile_only):
-            launch()
-    return found
-
-
-def inspect_cubin(cubin: bytes) -> tuple[int, int, int, str]:
-    """Registers, stack bytes, shared bytes and machine code of a cubin with one kernel, by Triton's own cuobjdump."""
-    import re
-    import tempfile
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, sass = (cuobjdump(option, file.name) for option in ("--dump-resource-usage", "--dump-sass"))
-    number = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    return number["REG"], number["STACK"] + number["LOCAL"], number["SHARED"], sass
-
-
-def cuobjdump(*arguments: str) -> str:
-    """The output of the cuobjdump that Triton carries."""
-    import triton
-
-    program = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-if __name__ == "__main__":
-    print(json.dumps([asdict(one) for one in _compile_in_this_process(sys.argv[1], [int(x) for x in sys.argv[2:]])]))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import par_xl
+from par_xl.machine_code import compile_launches, cuda_kernels
 from par_xl.ops.ar_tar import ar_tar_reference
-from par_xl.testing import OpChecks, compile_launches, make_inputs, run
+from par_xl.testing import OpChecks, make_inputs, run
 
 
 def both(*shape, **options):
@@ -160,3 +161,19 @@ def test_triton_machine_code():
             assert "LDG.E.128" in one.sass, one.kernel
         if one.kernel == "_differentiate":
             assert "STG.E.128" in one.sass
+
+
+@pytest.mark.skipif(not cuda_kernels("ar_tar"), reason="the extension was built without CUDA kernels")
+def test_cuda_machine_code():
+    """No spills; the 16-byte kernels (vector width 8, 4 or 2) load and store 16 bytes at a time."""
+    compiled = cuda_kernels("ar_tar")
+    wide = [one for one in compiled if any(f"{t}Li{n}E" in one.kernel for t, n in WIDEST.items())]
+    assert len(wide) == len({one.capability for one in compiled}) * 2 * 2 * len(WIDEST)
+    for one in compiled:
+        assert one.stack == 0, one.kernel
+    for one in wide:
+        assert "LDG.E.128" in one.sass, one.kernel
+        assert ("STG.E.128" in one.sass) == ("differentiate" in one.kernel), one.kernel
+
+
+WIDEST = {"6__half": 8, "13__nv_bfloat16": 8, "If": 4, "Id": 2}  # mangled storage type: elements in 16 bytes

@@ -109,31 +109,41 @@ __global__ void __launch_bounds__(THREADS) differentiate(ArTar p, Cut cut, const
     const A ar = *grad * scale[0], tar = *grad * scale[1];
     const Rows& raw = SHARED ? p.output : p.raw;
     const Rows& d_steps = SHARED ? d_output : d_raw;
-    A before[VEC], x[VEC], after[VEC], o[VEC], d[VEC];
-    const bool with_steps = d_steps.data != nullptr && begin < steps;
-    if (with_steps) {
+    A before[VEC], x[VEC], d[VEC];
+    if (d_steps.data && begin < steps) {
         load<T, VEC>(row<T>(raw, b, begin > 0 ? begin - 1 : 0) + column, before);
         load<T, VEC>(row<T>(raw, b, begin) + column, x);
     }
-#pragma unroll 4
-    for (int64_t t = begin; t < end; ++t) {
-        const bool real = t < steps;  // padding has gradient 0
-        if (d_output.data && !SHARED) {
-            if (real) load<T, VEC>(row<T>(p.output, b, t) + column, o);
+    for (int64_t t0 = begin; t0 < end; t0 += UNROLL) {
+        A after[UNROLL][VEC], o[UNROLL][VEC];
 #pragma unroll
-            for (int i = 0; i < VEC; ++i) d[i] = real ? ar * o[i] : A(0);
-            store<T, VEC>(row<T>(d_output, b, t) + column, d);
-        }
-        if (d_steps.data) {
+        for (int k = 0; k < UNROLL; ++k) {
+            const int64_t t = t0 + k;
+            if (t >= end || t >= steps) continue;
+            if (d_output.data && !SHARED) load<T, VEC>(row<T>(p.output, b, t) + column, o[k]);
             // At an end of the sequence the neighbour is the row itself.
-            if (real) load<T, VEC>(row<T>(raw, b, t + 1 < steps ? t + 1 : t) + column, after);
+            if (d_steps.data) load<T, VEC>(row<T>(raw, b, t + 1 < steps ? t + 1 : t) + column, after[k]);
+        }
 #pragma unroll
-            for (int i = 0; i < VEC; ++i) {
-                d[i] = real ? tar * ((x[i] - before[i]) - (after[i] - x[i])) + (SHARED ? ar * x[i] : A(0)) : A(0);
-                before[i] = x[i];
-                x[i] = after[i];
+        for (int k = 0; k < UNROLL; ++k) {
+            const int64_t t = t0 + k;
+            if (t >= end) break;
+            const bool real = t < steps;  // padding has gradient 0
+            if (d_output.data && !SHARED) {
+#pragma unroll
+                for (int i = 0; i < VEC; ++i) d[i] = real ? ar * o[k][i] : A(0);
+                store<T, VEC>(row<T>(d_output, b, t) + column, d);
             }
-            store<T, VEC>(row<T>(d_steps, b, t) + column, d);
+            if (d_steps.data) {
+#pragma unroll
+                for (int i = 0; i < VEC; ++i) {
+                    const A steps_gradient = tar * ((x[i] - before[i]) - (after[k][i] - x[i]));
+                    d[i] = real ? steps_gradient + (SHARED ? ar * x[i] : A(0)) : A(0);
+                    before[i] = x[i];
+                    x[i] = after[k][i];
+                }
+                store<T, VEC>(row<T>(d_steps, b, t) + column, d);
+            }
         }
     }
 }

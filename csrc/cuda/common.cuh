@@ -14,23 +14,26 @@ template <class T> struct acc { using type = float; };
 template <> struct acc<double> { using type = double; };
 template <class T> using acc_t = typename acc<T>::type;
 
-// N consecutive elements, read and written in one instruction (N * sizeof(T) = 16) or one element (N = 1).
-template <class T, int N>
-struct alignas(N * sizeof(T)) Vector { T at[N]; };
+// N consecutive elements, read and written in one instruction: N * sizeof(T) is 16, or N is 1.
+template <int BYTES> struct Word;
+template <> struct Word<2> { using type = unsigned short; };
+template <> struct Word<4> { using type = unsigned int; };
+template <> struct Word<8> { using type = uint2; };
+template <> struct Word<16> { using type = uint4; };
 
 template <class T, int N>
 __device__ __forceinline__ void load(const T* from, acc_t<T> (&to)[N]) {
-    Vector<T, N> v = *reinterpret_cast<const Vector<T, N>*>(from);
+    const auto word = *reinterpret_cast<const typename Word<N * sizeof(T)>::type*>(from);
 #pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = static_cast<acc_t<T>>(v.at[i]);
+    for (int i = 0; i < N; ++i) to[i] = static_cast<acc_t<T>>(reinterpret_cast<const T*>(&word)[i]);
 }
 
 template <class T, int N>
 __device__ __forceinline__ void store(T* to, const acc_t<T> (&from)[N]) {
-    Vector<T, N> v;
+    typename Word<N * sizeof(T)>::type word;
 #pragma unroll
-    for (int i = 0; i < N; ++i) v.at[i] = static_cast<T>(from[i]);
-    *reinterpret_cast<Vector<T, N>*>(to) = v;
+    for (int i = 0; i < N; ++i) reinterpret_cast<T*>(&word)[i] = static_cast<T>(from[i]);
+    __stwb(reinterpret_cast<decltype(word)*>(to), word);  // a plain assignment is split into 4-byte stores
 }
 
 template <class T>
