@@ -1,6 +1,9 @@
 // The pybind11 table of par_xl._C. Tensors arrive as (data pointer, batch stride, time stride) or as bare addresses.
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
+#include <string>
+
 #include "ops.h"
 
 namespace py = pybind11;
@@ -18,9 +21,13 @@ Rows rows(const RowsTuple& x) { return {at(std::get<0>(x)), std::get<1>(x), std:
 #if PAR_XL_X86
 enum class Isa { base, avx2, avx512 };
 
+// PAR_XL_ISA=base or avx2 asks for an older set than the processor has (tests, comparisons).
 Isa best_isa() {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+    const char* asked = std::getenv("PAR_XL_ISA");
+    const std::string most = asked ? asked : "avx512";
+    if (most == "base") return Isa::base;
+    if (most != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
         return Isa::avx512;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2 : Isa::base;
