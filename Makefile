@@ -32,7 +32,7 @@ $(VENV)/.installed: requirements.txt
 $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(SOURCES)
 	@echo "== par_xl: its dependencies, and its C++ and CUDA kernels"
 	@$(BIN)/python -m pip install -q -c requirements.txt --no-build-isolation -e ".[train,test,lint]"
-	@$(BIN)/par-xl info --short
+	@$(BIN)/par-xl info
 	@touch $@
 
 clean:
