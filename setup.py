@@ -125,7 +125,7 @@ KERNELS = ["par_xl.kernels"] + [f"par_xl.kernels.{p}" for p in find_packages(str
 setup(
     packages=find_packages(str(ROOT), include=["par_xl", "par_xl.*"]) + KERNELS,
     package_dir={"par_xl.kernels": "kernels"},
-    package_data={"par_xl": ["py.typed"]},
+    package_data={"par_xl": ["py.typed", "_C.pyi"]},
     ext_modules=[Extension("par_xl._C", sources=[])],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -59,7 +59,7 @@ def run(function: Callable, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]
     """Outputs, and the gradients of a fixed weighted sum of them."""
     outputs = [x for x in tree_flatten(function(**inputs))[0] if isinstance(x, Tensor) and x.requires_grad]
     weights = [torch.linspace(-1, 1.5, x.numel(), device=x.device, dtype=x.dtype).view(x.shape) for x in outputs]
-    total = sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
+    total = torch.stack([(x * w).sum().double() for x, w in zip(outputs, weights, strict=True)]).sum()
     gradients = torch.autograd.grad(total, leaves(inputs))
     return [x.detach() for x in outputs], list(gradients)
 

@@ -22,8 +22,7 @@ def ar_tar_reference(output: Tensor, raw: Tensor, lengths: Tensor | None, alpha:
     squares = output.to(wide).square()
     steps = raw.to(wide).diff(dim=1).square()
     if lengths is None:
-        n_steps, n_pairs = squares.numel(), steps.numel()
-        return alpha * squares.sum() / max(n_steps, 1) + beta * steps.sum() / max(n_pairs, 1)
+        return alpha * squares.sum() / max(squares.numel(), 1) + beta * steps.sum() / max(steps.numel(), 1)
     time = torch.arange(output.shape[1], device=output.device)
     real = (time < lengths[:, None])[..., None]
     # where, not a product: whatever stands in the padding, NaN included, must not reach the sum.
