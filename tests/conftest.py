@@ -45,3 +45,12 @@ def _fresh():
     yield
     torch.compiler.reset()
     registry.use_backend("auto")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models so small that threads only wait for each other, long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -156,8 +156,6 @@ def test_weight_drop_under_compile():
 
 @pytest.mark.gpu
 def test_weight_drop_on_cudnn_without_warnings():
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU")
     plain, dropped = make()
     plain, dropped, x = plain.cuda(), dropped.cuda(), torch.randn(3, 5, 6, device="cuda")
     with warnings.catch_warnings(), torch.profiler.profile() as profile:

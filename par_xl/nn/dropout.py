@@ -76,7 +76,7 @@ class EmbeddingDropout(nn.Embedding):
 class WeightDrop(nn.Module):
     """DropConnect on the recurrent matrices of an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``: one mask for all time steps.
 
-    The call is the wrapped module's, ``(input, hx=None)`` to ``(output, hx)``, with ``F.dropout(weight, p)`` in place of
+    The call is the wrapped module's, ``(input, hx=None)`` to ``(output, hx)``, with ``F.dropout(weight, p)`` instead of
     each weight named; evaluation uses the weights as they are. Packed sequences are not supported. The parameter
     ``module.weight_hh_l0`` becomes ``module.weight_hh_l0_raw``, as in awd-lstm-lm.
 
@@ -86,7 +86,8 @@ class WeightDrop(nn.Module):
         weights: names of the weights to drop.
 
     Nothing is assigned to the module at run time, so nothing is left in it for ``deepcopy``, DDP or ``functional_call``
-    to trip over: the dropped weights go straight into ``torch.lstm``, which is all that ``nn.LSTM`` calls.
+    to trip over: the dropped weights go straight into ``torch.lstm``, which is all that ``nn.LSTM`` calls. Under
+    ``torch.compile`` it is a graph break, as ``nn.LSTM`` is.
 
     Source: awd-lstm-lm weight_drop.py; Wan et al. 2013.
     """
@@ -109,8 +110,6 @@ class WeightDrop(nn.Module):
             return getattr(self.module, name)
         return F.dropout(getattr(self.module, f"{name}_raw"), self.p, self.training)
 
-    # The fused kernels of cuDNN and oneDNN; Dynamo would unroll them into T steps.
-    @torch.compiler.disable
     def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
         rnn = self.module
         weights = [self._weight(name) for name in self._names]

@@ -1,0 +1,159 @@
+"""The ``par-xl`` command. A subcommand imports what it needs when it runs; ``par-xl info`` does without Lightning."""
+
+import datetime
+import json
+import logging
+import os
+import shlex
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import par_xl
+from par_xl.environment import device_name, versions
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=par_xl.__doc__)
+train_app = typer.Typer(no_args_is_help=True, help="Train a model.")
+app.add_typer(train_app, name="train")
+console = Console()
+
+
+def main() -> None:
+    """Entry point: an error that the user can mend is one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name not in ("lightning", "torchmetrics", "tensorboard", "matplotlib"):
+            raise
+        Console(stderr=True).print(f"{error.name} is not installed: pip install 'par_xl\\[train]'", highlight=False)
+        sys.exit(2)
+
+
+@app.command()
+def info() -> None:
+    """Show versions, the device, what was built, and which backends are there and why others are not."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, version in versions().items():
+        table.add_row(name, version)
+    table.add_row("device", device_name())
+    for part, state in par_xl.build_info().items():
+        table.add_row(f"built: {part}", state)
+    console.print(table, highlight=False)
+
+    backends = Table("backend", "cpu", "cuda")
+    for name, states in par_xl.backends().items():
+        backends.add_row(name, *(_coloured(states[device]) for device in ("cpu", "cuda")))
+    console.print(backends, highlight=False)
+
+
+def _coloured(state: str) -> str:
+    return f"[green]{state}[/green]" if state == "available" else state
+
+
+@train_app.command("awd-lstm")
+def train_awd_lstm(
+    data: Annotated[str, typer.Option(help="human-numbers, or a folder with wiki.*.tokens or *.txt.")],
+    recipe: Annotated[
+        str, typer.Option(help="human-numbers, fastbook or wikitext-2; the default goes with the data.")
+    ] = "",
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, curves and records.")] = Path("runs/awd-lstm"),
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Another value for an option of the recipe or model."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Short for --set epochs=N.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
+    backend: Annotated[str, typer.Option(help="eager, native, triton or auto.")] = "auto",
+    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed, ... (Lightning's names).")] = "32-true",
+    devices: Annotated[str, typer.Option(help="How many, or auto.")] = "1",
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model.")] = False,
+    resume: Annotated[Path | None, typer.Option(help="A .ckpt of the same run to go on from.")] = None,
+) -> None:
+    """Train an AWD-LSTM. Ctrl-C finishes the step and saves; --resume goes on as if nothing had happened."""
+    from par_xl.data import load_corpus
+    from par_xl.training import RECIPES, override
+    from par_xl.training import train_awd_lstm as train
+
+    _quiet()
+    name = recipe or ("human-numbers" if data == "human-numbers" else "wikitext-2")
+    if name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
+    chosen = dict(_parse_option(option) for option in options or [])
+    chosen |= {key: str(value) for key, value in (("epochs", epochs), ("seed", seed)) if value is not None}
+    settings = override(RECIPES[name], chosen)
+    corpus = load_corpus(data)
+    console.print(f"{data}: {len(corpus.train):,} tokens, {len(corpus.vocabulary):,} words; recipe {name}")
+    model, history = train(
+        corpus,
+        settings,
+        out,
+        backend=backend,
+        precision=precision,
+        devices=devices if devices == "auto" else int(devices),
+        compile=compile,
+        resume=resume,
+    )
+    result = {
+        **history.valid[-1],
+        "tokens_per_second": round(history.tokens / history.seconds),
+        "seconds": round(history.seconds, 1),
+    }
+    _write_record(out / "result.json", {"model": asdict(model.config), "recipe": asdict(settings), "result": result})
+    table = Table(*result)
+    table.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for value in result.values()))
+    console.print(table)
+    console.print(f"weights, losses.png, result.json and TensorBoard's events are in {out}", highlight=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures, tables and runs.")] = Path("demo-output"),
+    epochs: Annotated[int, typer.Option(help="Length of each of the two trainings.")] = 20,
+) -> None:
+    """The whole library in a few minutes: backends, accuracy of the ops, and one training on two backends."""
+    from par_xl.training.demo import check_ops, race
+
+    info()
+    _quiet()
+    console.print(check_ops())
+    console.print(race(out, epochs))
+    console.print(f"both loss curves on top of each other: {out / 'losses.png'}", highlight=False)
+
+
+def _parse_option(option: str) -> tuple[str, str]:
+    name, separator, value = option.partition("=")
+    if not separator:
+        raise ValueError(f"--set takes NAME=VALUE, not {option!r}")
+    return name, value
+
+
+def _write_record(path: Path, contents: dict[str, Any]) -> None:
+    """A result with what is needed to get it again."""
+    record = {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(),
+        "versions": versions(),
+        **contents,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _quiet() -> None:
+    """Leave the screen to the progress bar: no advertisement, no notes on Lightning's or the profiler's own doings."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The ``par-xl`` command: what a user types, sees and finds on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+
+import par_xl
+from par_xl.cli import main
+from par_xl.models import AWDLSTM, AWDLSTMConfig
+
+SMALL = ("--set", "d_model=8", "--set", "d_hidden=8", "--set", "batch_size=256", "--epochs", "2")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run ``par-xl ARGUMENTS`` in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["par-xl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code, *capsys.readouterr()
+
+    return call
+
+
+def train(out, *more):
+    return "train", "awd-lstm", "--data", "human-numbers", "--out", out, *SMALL, *more
+
+
+def test_info_says_what_is_there_and_why_not(command):
+    code, shown, _ = command("info")
+    assert code == 0
+    words = " ".join(shown.replace("│", " ").split())
+    for expected in (par_xl.__version__, torch.__version__, *par_xl.build_info().values()):
+        assert str(expected) in words
+    for backend, states in par_xl.backends().items():
+        assert backend in words
+        assert all(reason.split("(")[0].strip() in words for reason in states.values())
+
+
+def test_info_needs_neither_lightning_nor_triton():
+    block = "import sys; sys.modules.update(dict.fromkeys(['lightning', 'triton', 'matplotlib', 'tensorboard']));"
+    command = [sys.executable, "-c", block + "from par_xl.cli import main; main()"]
+    assert subprocess.run([*command, "info"], capture_output=True).returncode == 0
+    done = subprocess.run([*command, "train", "awd-lstm", "--data", "human-numbers"], capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install 'par_xl[train]'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_importing_models_and_data_is_light_too():
+    script = "import sys, par_xl.models, par_xl.data; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"triton", "lightning", "typer", "matplotlib", "tensorboard", "par_xl.kernels"} & set(loaded)
+
+
+def test_train_leaves_a_model_and_a_record(command, tmp_path):
+    code, shown, errors = command(*train(tmp_path))
+    assert code == 0, errors
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["recipe"]["epochs"] == 2 and record["model"]["d_model"] == 8 and record["versions"]["torch"]
+    assert record["command"].startswith("par-xl train awd-lstm --data human-numbers")
+    assert 0 < record["result"]["val_accuracy"] < 1 and record["result"]["tokens_per_second"] > 0
+    model = AWDLSTM(AWDLSTMConfig(**record["model"]))
+    safetensors.torch.load_model(model, tmp_path / "last.safetensors")
+    assert (tmp_path / "losses.png").exists() and (tmp_path / "best.ckpt").exists()
+    assert "val_accuracy" in shown and "litlogger" not in shown + errors
+
+
+def test_every_option_of_train(command, tmp_path):
+    more = ["--backend", "native", "--precision", "bf16-mixed", "--compile", "--devices", "auto", "--seed", "3"]
+    code, _, errors = command(*train(tmp_path, *more, "--recipe", "fastbook", "--epochs", "1"))
+    assert code == 0, errors
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["recipe"]["seed"] == 3 and record["model"]["dropout_hidden"] == 0.0
+
+
+def test_ctrl_c_saves_and_resume_goes_on(command, tmp_path):
+    """SIGINT from outside while steps are being made; the resumed run ends with the numbers of a whole one."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert command(*train(whole))[0] == 0
+
+    wait = (
+        "import time, pathlib, par_xl.training.rnn_trainer as r\n"
+        "def wait(self, trainer, *_):\n"
+        "    if trainer.global_step == 5:\n"
+        f"        pathlib.Path({str(tmp_path / 'step5')!r}).touch()\n"
+        "        while not any(getattr(c, 'interrupted', False) for c in trainer.callbacks): time.sleep(0.02)\n"
+        "r.RNNTrainer.on_train_batch_end = wait\n"
+        "from par_xl.cli import main\n"
+        "main()\n"
+    )
+    arguments = [str(argument) for argument in train(stopped)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", wait, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not (tmp_path / "step5").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    shown = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and "interrupted.ckpt" in "".join(shown.split()), shown
+
+    assert command(*train(stopped, "--resume", stopped / "interrupted.ckpt"))[0] == 0
+    results = [json.loads((folder / "result.json").read_text())["result"] for folder in (whole, stopped)]
+    for name in ("val_loss", "val_accuracy", "step"):
+        assert results[0][name] == results[1][name]
+
+
+def test_two_ranks_on_a_folder_of_text(tmp_path):
+    """DDP on two processes: own streams, memories and random states, one checkpoint; and it resumes."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    for split, lines in (("train", 200), ("valid", 40)):
+        (data / f"{split}.txt").write_text("the cat sat on the mat\nand the dog ran\n" * lines)
+    arguments = ["train", "awd-lstm", "--data", str(data), "--out", str(out), "--devices", "2"]
+    arguments += ["--recipe", "wikitext-2", "--epochs", "1", "--backend", "eager"]
+    for option in ("batch_size=4", "bptt=16", "d_model=8", "d_hidden=8", "nonmono=1", "lr=1"):
+        arguments += ["--set", option]
+    environment = {"PAR_XL_CACHE": str(tmp_path / "cache")}
+    script = [sys.executable, "-m", "par_xl.cli", *arguments]
+    done = subprocess.run(
+        script, env={**os.environ, **environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    checkpoint = torch.load(out / "last.ckpt", weights_only=True)
+    first, second = (memory[0][0] for memory in checkpoint["memory"])
+    assert first.shape == (1, 4, 8) and not torch.equal(first, second)
+    assert len(checkpoint["random_state"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "/nowhere"], "/nowhere is not a folder"),
+        (["--data", "human-numbers", "--recipe", "x"], "no recipe 'x'"),
+        (["--data", "human-numbers", "--set", "depth=3"], "no option 'depth'"),
+        (["--data", "human-numbers", "--set", "depth"], "NAME=VALUE"),
+        (["--data", "human-numbers", "--backend", "cudnn"], "'cudnn'"),
+    ],
+)
+def test_mistakes_are_one_line(command, arguments, message, tmp_path):
+    code, _, errors = command("train", "awd-lstm", *arguments, "--out", tmp_path)
+    assert code == 2 and message in errors and len(errors.splitlines()) == 1
+
+
+def test_demo(command, tmp_path):
+    code, shown, errors = command("demo", "--out", tmp_path, "--epochs", "1")
+    assert code == 0, errors
+    words = " ".join(shown.replace("│", " ").split())
+    assert "ar_tar eager" in words and "ar_tar native" in words and "validation accuracy" in words
+    assert (tmp_path / "losses.png").exists()
+
+
+def test_demo_checks_every_op():
+    from par_xl.ops import registry
+    from par_xl.training.demo import OPS
+
+    assert {name.removesuffix("_forward").removesuffix("_backward") for name in registry.OPS} == set(OPS)
