@@ -3,7 +3,6 @@
 import datetime
 import json
 import logging
-import os
 import shlex
 import sys
 import warnings
@@ -32,9 +31,10 @@ def main() -> None:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        if error.name not in ("lightning", "torchmetrics", "tensorboard", "matplotlib"):
+        package = (error.name or "").split(".")[0]
+        if package not in ("lightning", "torchmetrics", "tensorboard", "matplotlib"):
             raise
-        Console(stderr=True).print(f"{error.name} is not installed: pip install 'par_xl\\[train]'", highlight=False)
+        Console(stderr=True).print(f"{package} is not installed: pip install 'par_xl\\[train]'", highlight=False)
         sys.exit(2)
 
 
@@ -79,11 +79,11 @@ def train_awd_lstm(
     resume: Annotated[Path | None, typer.Option(help="A .ckpt of the same run to go on from.")] = None,
 ) -> None:
     """Train an AWD-LSTM. Ctrl-C finishes the step and saves; --resume goes on as if nothing had happened."""
+    _quiet()
     from par_xl.data import load_corpus
     from par_xl.training import RECIPES, override
     from par_xl.training import train_awd_lstm as train
 
-    _quiet()
     name = recipe or ("human-numbers" if data == "human-numbers" else "wikitext-2")
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
@@ -104,7 +104,7 @@ def train_awd_lstm(
     )
     result = {
         **history.valid[-1],
-        "tokens_per_second": round(history.tokens / history.seconds),
+        "tokens_per_second": history.tokens_per_second,
         "seconds": round(history.seconds, 1),
     }
     _write_record(out / "result.json", {"model": asdict(model.config), "recipe": asdict(settings), "result": result})
@@ -120,10 +120,10 @@ def demo(
     epochs: Annotated[int, typer.Option(help="Length of each of the two trainings.")] = 20,
 ) -> None:
     """The whole library in a few minutes: backends, accuracy of the ops, and one training on two backends."""
+    _quiet()
     from par_xl.training.demo import check_ops, race
 
     info()
-    _quiet()
     console.print(check_ops())
     console.print(race(out, epochs))
     console.print(f"both loss curves on top of each other: {out / 'losses.png'}", highlight=False)
@@ -149,8 +149,9 @@ def _write_record(path: Path, contents: dict[str, Any]) -> None:
 
 
 def _quiet() -> None:
-    """Leave the screen to the progress bar: no advertisement, no notes on Lightning's or the profiler's own doings."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    """Leave the screen to the progress bar: no advertisement, no notes on Lightning's own doings."""
+    import lightning.pytorch  # noqa: F401  # which sets the level at import
+
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\.")
 

@@ -10,16 +10,14 @@ import time
 import pytest
 import safetensors.torch
 import torch
+from training_helpers import IGNORED
 
 import par_xl
 from par_xl.cli import main
 from par_xl.models import AWDLSTM, AWDLSTMConfig
 
 SMALL = ("--set", "d_model=8", "--set", "d_hidden=8", "--set", "batch_size=256", "--epochs", "2")
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
-]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(*IGNORED)]
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """What ``make demo`` shows: the error of every op on every backend, and one training on two backends."""
 
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from rich.table import Table
 
 import par_xl
 from par_xl.data import load_corpus
+from par_xl.models import AWDLSTM
 from par_xl.testing import Case, largest_error, make_inputs, peak_memory, promoted, run
 from par_xl.training.awd_lstm import RECIPES, train_awd_lstm
 from par_xl.training.history import plot_losses
 
+BACKENDS = ("eager", "auto")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -60,41 +64,71 @@ def race(out: Path, epochs: int) -> Table:
     """Train one small AWD-LSTM from one seed on ``eager`` and on ``auto``, and draw both loss curves into ``out``."""
     corpus = load_corpus("human-numbers")
     recipe = replace(RECIPES["human-numbers"], epochs=epochs)
-    shape = recipe.batch_size, recipe.bptt, recipe.model["d_model"]
     histories, columns = {}, {}
-    for backend in ("eager", "auto"):
-        _, history = train_awd_lstm(corpus, recipe, out / backend, backend=backend, devices=1)
-        histories[backend] = history
-        milliseconds, megabytes = _ar_tar_cost(shape, backend)
+    for backend in BACKENDS:
+        model, histories[backend] = train_awd_lstm(corpus, recipe, out / backend, backend=backend, devices=1)
         columns[backend] = {
-            "training loss": history.train[-1][1],
-            "validation loss": history.valid[-1]["val_loss"],
-            "validation accuracy": history.valid[-1]["val_accuracy"],
-            "tokens per second": round(history.tokens / history.seconds),
-            "AR/TAR, ms a step": milliseconds,
-            "AR/TAR, peak MB": megabytes,
+            "training loss": histories[backend].train[-1][1],
+            "validation loss": histories[backend].valid[-1]["val_loss"],
+            "validation accuracy": histories[backend].valid[-1]["val_accuracy"],
         }
     plot_losses(histories, out / "losses.png")
-    table = Table("", "eager", "auto", "auto / eager", title=f"AWD-LSTM with AR/TAR on human-numbers, {epochs} epochs")
-    for name, eager in columns["eager"].items():
-        auto = columns["auto"][name]
-        values = (f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for value in (eager, auto))
-        table.add_row(name, *values, f"{auto / eager:.3f}")
+    for backend, costs in measure(model.to(DEVICE).train(), recipe.batch_size, recipe.bptt).items():
+        columns[backend] |= costs
+    table = Table("", *BACKENDS, "ratio", title=f"AWD-LSTM with AR/TAR on human-numbers, {epochs} epochs")
+    for name, first in columns[BACKENDS[0]].items():
+        second = columns[BACKENDS[1]][name]
+        values = (f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for value in (first, second))
+        table.add_row(name, *values, f"{second / first:.3f}")
     return table
 
 
-def _ar_tar_cost(shape: tuple[int, int, int], backend: str) -> tuple[float, float]:
-    """Median milliseconds of AR/TAR forward and backward at ``shape``, and the megabytes it takes at its peak."""
-    output, raw = (torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2))
+def measure(model: AWDLSTM, batch_size: int, bptt: int, rounds: int = 100) -> dict[str, dict[str, float]]:
+    """What a training step and its AR/TAR part cost on each backend.
 
-    def step() -> Any:
+    Medians of steps in which the backends take turns: two trainings, one after the other, differ by more than this
+    whenever something else runs on the machine.
+    """
+    tokens = torch.randint(model.config.vocab_size, (batch_size, bptt), device=DEVICE)
+    output, raw = (torch.randn(batch_size, bptt, model.widths[-1], device=DEVICE, requires_grad=True) for _ in range(2))
+
+    def step(backend: str) -> None:
+        result = model(tokens, tokens)
+        loss = result.loss + par_xl.ar_tar_loss(result.outputs[-1], result.raw_outputs[-1], backend=backend)
+        model.zero_grad()
+        loss.backward()
+
+    def ar_tar(backend: str) -> Any:
         return torch.autograd.grad(par_xl.ar_tar_loss(output, raw, backend=backend), (output, raw))
 
-    samples = []
-    for _ in range(200):
-        start = time.perf_counter()
-        step()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        samples.append(time.perf_counter() - start)
-    return statistics.median(samples) * 1e3, peak_memory(step, torch.device(DEVICE)) / 2**20
+    seconds: dict[tuple[Callable, str], list[float]] = {(f, b): [] for f in (step, ar_tar) for b in BACKENDS}
+    for _ in range(rounds):
+        for (function, backend), samples in seconds.items():
+            start = time.perf_counter()
+            function(backend)
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            samples.append(time.perf_counter() - start)
+    with _silent_profiler():
+        megabytes = {b: peak_memory(lambda b=b: ar_tar(b), torch.device(DEVICE)) / 2**20 for b in BACKENDS}  # type: ignore[misc]
+    return {
+        backend: {
+            "tokens per second": round(tokens.numel() / statistics.median(seconds[step, backend])),
+            "AR/TAR, ms a step": statistics.median(seconds[ar_tar, backend]) * 1e3,
+            "AR/TAR, peak MB": megabytes[backend],
+        }
+        for backend in BACKENDS
+    }
+
+
+@contextmanager
+def _silent_profiler() -> Iterator[None]:
+    """Drop what torch's profiler, which measures memory on the CPU, writes to the process's stderr."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)

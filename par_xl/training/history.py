@@ -27,6 +27,10 @@ class History(L.Callback):
         self.seconds = 0.0
         self._started = 0.0
 
+    @property
+    def tokens_per_second(self) -> int:
+        return round(self.tokens / self.seconds)
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
