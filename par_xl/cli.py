@@ -4,6 +4,7 @@ import datetime
 import json
 import logging
 import shlex
+import subprocess
 import sys
 import warnings
 from dataclasses import asdict
@@ -127,6 +128,22 @@ def demo(
     console.print(check_ops())
     console.print(race(out, epochs))
     console.print(f"both loss curves on top of each other: {out / 'losses.png'}", highlight=False)
+
+
+@app.command()
+def bench(
+    only: Annotated[str, typer.Option(help="Part of a benchmark file's name: ar_tar, rel_attention, ...")] = "",
+    seconds: Annotated[float, typer.Option(help="Time for each candidate of each case.")] = 1.0,
+) -> None:
+    """Race the ops and models against their peers on this machine; rewrite the README's tables and plots."""
+    folder = Path(par_xl.__file__).parent.parent / "benchmarks"
+    files = sorted(folder.glob(f"bench_*{only}*.py"))
+    if not files:
+        raise FileNotFoundError(f"no benchmark {only!r} in {folder}; they are in the repository, not in the package")
+    options = ["-q", "-s", "-p", "no:cacheprovider", "--seconds", str(seconds), "--results", str(folder / "results")]
+    status = subprocess.call([sys.executable, "-m", "pytest", *map(str, files), *options])
+    subprocess.check_call([sys.executable, str(folder / "report.py")])
+    raise typer.Exit(status)
 
 
 def _parse_option(option: str) -> tuple[str, str]:
