@@ -113,7 +113,8 @@ def test_every_instruction_set_computes_the_same(isa):
         f"assert par_xl.build_info()['cpu'] == '{isa}', par_xl.build_info()\n"
         "for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):\n"
         "    x, raw = (torch.randn(3, 17, 65).to(dtype).requires_grad_() for _ in range(2))\n"
-        "    a, b = (torch.autograd.grad(par_xl.ar_tar_loss(x, raw, backend=b), (x, raw)) for b in ('eager', 'native'))\n"
+        "    losses = [par_xl.ar_tar_loss(x, raw, backend=b) for b in ('eager', 'native')]\n"
+        "    a, b = (torch.autograd.grad(loss, (x, raw)) for loss in losses)\n"
         "    torch.testing.assert_close(a, b)\n"
     )
     run(sys.executable, "-c", script, PAR_XL_ISA=isa)
