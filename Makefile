@@ -26,12 +26,12 @@ $(VENV)/.installed: requirements.txt
 	@echo "== environment in $(VENV) ($$($(PYTHON) --version))"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "== torch, triton and the build's tools (a few minutes the first time)"
-	@$(BIN)/python -m pip install -q -r requirements.txt
+	@$(BIN)/python -m pip install -qq -r requirements.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(SOURCES)
 	@echo "== par_xl: its dependencies, and its C++ and CUDA kernels"
-	@$(BIN)/python -m pip install -q -c requirements.txt --no-build-isolation -e ".[train,test,lint]"
+	@$(BIN)/python -m pip install -qq -c requirements.txt --no-build-isolation -e ".[train,test,lint]"
 	@$(BIN)/par-xl info
 	@touch $@
 
