@@ -5,5 +5,6 @@ Each file reads top to bottom: maths, reference, schema and fake, backends, auto
 
 from par_xl.ops.ar_tar import ArTarLoss, ar_tar_loss
 from par_xl.ops.registry import backends, build_info, use_backend
+from par_xl.ops.rel_attention import RelAttention, rel_attention
 
-__all__ = ["ArTarLoss", "ar_tar_loss", "backends", "build_info", "use_backend"]
+__all__ = ["ArTarLoss", "RelAttention", "ar_tar_loss", "backends", "build_info", "rel_attention", "use_backend"]

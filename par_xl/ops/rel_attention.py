@@ -1,0 +1,292 @@
+"""Relative-position attention with memory, as in Transformer-XL.
+
+With K = M + T keys (memory, then segment), query i and key j are d = i + (K - Q) - j steps apart, and row p = K - 1 - d
+= j - i + Q - 1 of r belongs to that distance:
+
+    score[i, j] = scale * ((q_i + content_bias) . k_j + (q_i + position_bias) . r_p)    where -right <= d <= left
+    out_i       = sum_j dropout(softmax_j(score[i, :])) v_j
+
+    delta_i     = grad_i . out_i
+    dS[i, j]    = P[i, j] * (keep[i, j] / (1 - dropout_p) * grad_i . v_j - delta_i) * scale,    P = exp(score - lse)
+    dq = dS k + dBD r,  dk = dS^T (q + content_bias),  dr = dBD^T (q + position_bias),  dBD[i, j - i + Q - 1] = dS[i, j]
+
+Dai et al.: Transformer-XL (arXiv 1901.02860); Gulati et al.: Conformer (arXiv 2005.08100).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from par_xl.ops.registry import Op, choose
+
+UNLIMITED = 2**31 - 1  # a window without an end
+
+
+def masked_scores(
+    q: Tensor, k: Tensor, r: Tensor, content_bias: Tensor, position_bias: Tensor,
+    key_lengths: Tensor | None, n_memory: int, left: int, right: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """The scores ``(B, H, Q, K)``, written by distance; -inf where a pair is not visible. ``k`` holds memory and segment."""
+    n_queries, n_keys, n_positions = q.shape[2], k.shape[2], r.shape[1]
+    i = torch.arange(n_queries, device=q.device)[:, None]
+    j = torch.arange(n_keys, device=q.device)
+    distance = i + (n_keys - n_queries) - j
+    visible = ((-right <= distance) & (distance <= left))[None]  # (1 or B, Q, K)
+    ends = torch.full((1,), n_keys, device=q.device) if key_lengths is None else n_memory + key_lengths
+    visible = visible & (j < ends[:, None, None])
+    # where, not a product: whatever stands in rows that no pair uses, NaN included, must reach neither sums nor gradients.
+    q = torch.where(visible.any(2)[:, None, :, None], q, 0.0)
+    k = torch.where(visible.any(1)[:, None, :, None], k, 0.0)
+    row_distance = n_keys - 1 - torch.arange(n_positions, device=q.device)
+    used = (
+        (-right <= row_distance) & (row_distance <= left) & (row_distance[:, None] > n_keys - n_queries - ends).any(1)
+    )
+    by_row = (q + position_bias[:, None]) @ torch.where(used[:, None], r, 0.0).mT  # (B, H, Q, P)
+    row = (n_keys - 1 - distance).clamp(max=n_positions - 1).expand(*q.shape[:2], -1, -1)
+    scores = scale * ((q + content_bias[:, None]) @ k.mT + by_row.gather(3, row))
+    return torch.where(visible[:, None], scores, -torch.inf)
+
+
+def dropout_keep(seed: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
+    """Which elements of ``shape`` dropout keeps: ``tl.rand(seed, offset) >= dropout_p`` at the contiguous 64-bit offset.
+
+    Philox4x32-10 with the seed as key and the offset as counter (Salmon et al., SC 2011), in int64 arithmetic.
+    """
+    low = 0xFFFFFFFF
+    offset = torch.arange(torch.Size(shape).numel(), device=seed.device).view(*shape)
+    c0, c1, c2, c3 = offset & low, offset >> 32, torch.zeros_like(offset), torch.zeros_like(offset)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # the 64-bit products; their sign bit is only one more bit
+        c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    uniform = torch.where(c0 < 2**31, c0, low - c0).float() * 4.6566127342e-10
+    return uniform >= dropout_p
+
+
+def rel_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, r: Tensor, content_bias: Tensor, position_bias: Tensor,
+    k_memory: Tensor | None, v_memory: Tensor | None, key_lengths: Tensor | None, seed: Tensor | None,
+    left: int, right: int, scale: float, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """The specification, in plain PyTorch on any device: fp32 arithmetic (fp64 for fp64), rounded once to q's dtype."""
+    wide = _wide(q)
+    n_memory = 0
+    if k_memory is not None and v_memory is not None:
+        n_memory = k_memory.shape[2]
+        k, v = torch.cat((k_memory, k), 2), torch.cat((v_memory, v), 2)
+    wide_inputs = (x.to(wide) for x in (q, k, r, content_bias, position_bias))
+    scores = masked_scores(*wide_inputs, key_lengths, n_memory, left, right, scale)
+    visible = scores.detach() != -torch.inf
+    real_row = visible.any(3, keepdim=True)
+    probabilities = torch.where(real_row, scores, 0.0).softmax(3)
+    if dropout_p > 0:
+        assert seed is not None
+        keep = dropout_keep(seed, scores.shape, dropout_p)
+        probabilities = torch.where(keep, probabilities / (1 - dropout_p), 0.0)
+    v = torch.where(visible.any(2)[..., None], v.to(wide), 0.0)
+    out = torch.where(real_row, probabilities @ v, 0.0).to(q.dtype)
+    if key_lengths is not None:  # what a GPU can do about a bad length without a synchronisation
+        bad = (key_lengths < 0) | (key_lengths > k.shape[2] - n_memory)
+        out = torch.where(bad[:, None, None, None], torch.nan, out)
+    return out
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake_forward(q, *_):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_wide(q))
+
+
+def _fake_backward(grad, q, k, v, r, content_bias, position_bias, k_memory, v_memory, *_):
+    inputs = (q, k, v, r, content_bias, position_bias, k_memory, v_memory)
+    return tuple(q.new_empty(0) if x is None else torch.empty_like(x) for x in inputs)
+
+
+# lse (B, H, Q) is the natural logarithm of the sum of exp(score), -inf for a row without a visible key, in fp32 (fp64 for
+# fp64). seed (1,) is None without dropout. Every tensor but grad has a contiguous last dimension. An absent memory has
+# empty gradients.
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor r, Tensor content_bias, Tensor position_bias, Tensor? k_memory,"
+    " Tensor? v_memory, Tensor? key_lengths, Tensor? seed"
+)
+_OPTIONS = "int left, int right, float scale, float dropout_p, str backend"
+FORWARD = Op(f"rel_attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)", _fake_forward)
+BACKWARD = Op(
+    f"rel_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv,"
+    " Tensor dr, Tensor d_content_bias, Tensor d_position_bias, Tensor dk_memory, Tensor dv_memory)",
+    _fake_backward,
+)
+
+
+class RelAttention(torch.autograd.Function):
+    """The fused op; see :func:`rel_attention`.
+
+    ``RelAttention.apply(q, k, v, r, content_bias, position_bias, k_memory or None, v_memory or None, key_lengths or None,
+    seed or None, left, right, scale, dropout_p, backend)``
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        out, lse = FORWARD(*args)
+        ctx.save_for_backward(*args[:10], out, lse)
+        ctx.options = args[10:]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gradients = BACKWARD(grad, *ctx.saved_tensors, *ctx.options)
+        wanted = (d if needed else None for d, needed in zip(gradients, ctx.needs_input_grad[:8], strict=True))
+        return *wanted, *[None] * 7
+
+
+def _check_tensor(name: str, x: Tensor, q: Tensor, shape: tuple[int | None, ...], why: str) -> None:
+    """``shape`` holds None where any size will do; ``why`` says in words what the sizes mean."""
+    if x.dim() != len(shape) or any(n is not None and size != n for size, n in zip(x.shape, shape, strict=True)):
+        sizes = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} must have shape ({sizes}), {why}, not {tuple(x.shape)}")
+    if x.dtype != q.dtype:
+        raise TypeError(f"{name} must have the dtype of q {q.dtype}, not {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on {q.device} as q is, not on {x.device}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, r: Tensor, memory: Sequence[Tensor]) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q must have 4 dimensions, (B, H, Q, D), not shape {tuple(q.shape)}")
+    if not q.is_floating_point():
+        raise TypeError(f"q must be floating point, not {q.dtype}")
+    batch, heads, _, width = q.shape
+    _check_tensor("k", k, q, (batch, heads, None, width), "(B, H, T, D)")
+    _check_tensor("v", v, q, tuple(k.shape), "that of k")
+    _check_tensor("r", r, q, (heads, None, width), "(H, P, D)")
+    if memory:
+        _check_tensor("memory[0]", memory[0], q, (batch, heads, None, width), "(B, H, M, D)")
+        _check_tensor("memory[1]", memory[1], q, tuple(memory[0].shape), "that of memory[0]")
+
+
+def _bias(name: str, bias: Tensor | None, q: Tensor) -> Tensor:
+    if bias is None:
+        return q.new_zeros(q.shape[1], q.shape[3])
+    if bias.dtype == torch.float32:  # a parameter under autocast
+        bias = bias.to(q.dtype)
+    _check_tensor(name, bias, q, (q.shape[1], q.shape[3]), "(H, D)")
+    return bias
+
+
+def _check_key_lengths(key_lengths: Tensor, q: Tensor) -> None:
+    if key_lengths.shape != (q.shape[0],):
+        raise ValueError(
+            f"key_lengths must have shape ({q.shape[0]},), one for each sequence, not {tuple(key_lengths.shape)}"
+        )
+    if key_lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"key_lengths must be int32 or int64, not {key_lengths.dtype}")
+    if key_lengths.device != q.device:
+        raise ValueError(f"key_lengths must be on {q.device} as q is, not on {key_lengths.device}")
+
+
+def _check_length_values(key_lengths: Tensor | None, n_keys: int) -> None:
+    """Where the host can look: on the CPU, in code that is not being traced."""
+    if key_lengths is not None and key_lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        for n in key_lengths.tolist():
+            if not 0 <= n <= n_keys:
+                raise ValueError(f"key_lengths must lie between 0 and {n_keys}, the keys of the segment, not {n}")
+
+
+def _limits(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """The largest and the smallest distance that see each other, as (left, right): -right <= d <= left."""
+    left, right = (UNLIMITED if limit is None else limit for limit in window or (None, None))
+    if left < -1 or right < 0:
+        raise ValueError(f"window must be (left, right) with left >= -1 and right >= 0, not {window}")
+    if causal and right not in (0, UNLIMITED):
+        raise ValueError(f"window must not look {right} steps to the right when causal is True; it was {window}")
+    return min(left, UNLIMITED), 0 if causal else min(right, UNLIMITED)
+
+
+def rel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    content_bias: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    *,
+    memory: tuple[Tensor, Tensor] | None = None,
+    causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention with relative positions over a memory and a segment: softmax of content plus position scores, times values.
+
+    With ``j`` counted over memory, then segment, ``K = M + T`` and ``d = i + (K - Q) - j``::
+
+        score[i, j] = scale * ((q[i] + content_bias) . k[j] + (q[i] + position_bias) . r[K - 1 - d])
+        out[i] = sum_j dropout(softmax_j(score[i, :]))[j] * v[j]
+
+    Equivalent, for a causal language model (``P == K``), to this, which writes several ``(B, H, Q, K)`` tensors to memory::
+
+        k, v = (torch.cat((m, x), dim=2) for m, x in zip(memory, (k, v)))
+        position = F.pad((q + position_bias[:, None]) @ r.mT, (1, 0)).view(B, H, K + 1, Q)[:, :, 1:].reshape(B, H, Q, K)
+        score = ((q + content_bias[:, None]) @ k.mT + position) * scale
+        future = torch.ones(Q, K, dtype=torch.bool).triu(1 + K - Q)
+        out = score.masked_fill(future, -torch.inf).softmax(3) @ v
+
+    Args:
+        q: queries, ``(B, H, Q, D)``; fp16, bf16, fp32 or fp64; arithmetic is fp32 (fp64 for fp64). Any strides, as of every
+            tensor here (a last dimension that is not contiguous costs a copy): ``[len, batch, head, width]`` permuted is fine.
+        k, v: keys and values of the segment, ``(B, H, T, D)``.
+        r: position rows, ``(H, P, D)``; row ``K - 1 - d`` belongs to distance ``d``, so row ``K - 1`` is distance 0. ``P`` is at
+            least ``K``, plus, for pairs that look ahead, ``min(Q - 1, right)``: ``K + Q - 1`` for a bidirectional encoder.
+        content_bias, position_bias: ``(H, D)``, added to the queries of the two products (u and v in the papers); fp32
+            biases are rounded to q's dtype. Default: zeros.
+        memory: keys and values in front of the segment's, each ``(B, H, M, D)``; never concatenated to them.
+        causal: whether a query sees only keys at ``d >= 0``.
+        window: ``(left, right)`` keeps ``-right <= d <= left``; None is unlimited, ``left = -1`` with ``causal`` keeps nothing.
+            Transformer-XL's ``same_length`` is ``(mem_len - 1, 0)`` in the PyTorch original and ``(mem_len, 0)`` in TensorFlow's.
+        key_lengths: ``(B,)`` int32 or int64, the number of real keys of each segment; the rest may hold anything, NaN included.
+        scale: factor of the scores; default: ``D ** -0.5``.
+        dropout_p: probability of dropping an attention weight, in ``[0, 1)``; the weights that stay are divided by
+            ``1 - dropout_p``. The mask follows torch's generator of q's device and is the same on every backend.
+        backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose.
+
+    Returns:
+        ``(B, H, Q, D)`` in q's dtype. A query that sees no key gives 0 and no gradient. Same input, same bits. A second
+        derivative exists on the eager backend alone.
+
+    Raises:
+        ValueError: a wrong rank, shape, device, window, length, probability or backend. On a GPU a length outside 0..T gives
+            NaN for its sequence instead.
+        TypeError: a dtype that is not floating point, or two different ones.
+
+    Source: arXiv 1901.02860 (github.com/kimiyoung/transformer-xl, RelPartialLearnableMultiHeadAttn), arXiv 2005.08100.
+    """
+    left, right = _limits(causal, window)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must lie in [0, 1), not {dropout_p}")
+    k_memory, v_memory = (None, None) if memory is None else memory
+    _check(q, k, v, r, memory or ())
+    content_bias, position_bias = _bias("content_bias", content_bias, q), _bias("position_bias", position_bias, q)
+    n_keys = k.shape[2] + (0 if k_memory is None else k_memory.shape[2])
+    needed = n_keys + min(q.shape[2] - 1, right)
+    if r.shape[1] < needed:
+        raise ValueError(f"r must have at least {needed} positions for {n_keys} keys, not {r.shape[1]}")
+    if key_lengths is not None:
+        _check_key_lengths(key_lengths, q)
+        key_lengths = key_lengths.long().contiguous()
+    seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
+    options = left, right, q.shape[3] ** -0.5 if scale is None else float(scale), float(dropout_p)
+    chosen = choose(FORWARD, backend, q)
+    tensors = q, k, v, r, content_bias, position_bias, k_memory, v_memory
+    if chosen == "eager":
+        _check_length_values(key_lengths, k.shape[2])
+        return rel_attention_reference(*tensors, key_lengths, seed, *options)
+    tensors = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    return RelAttention.apply(*tensors, key_lengths, seed, *options, chosen)
