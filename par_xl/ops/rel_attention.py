@@ -28,7 +28,7 @@ def masked_scores(
     q: Tensor, k: Tensor, r: Tensor, content_bias: Tensor, position_bias: Tensor,
     key_lengths: Tensor | None, n_memory: int, left: int, right: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    """The scores ``(B, H, Q, K)``, written by distance; -inf where a pair is not visible. ``k`` holds memory and segment."""
+    """The scores ``(B, H, Q, K)``, by distance; -inf where a pair is not visible. ``k`` holds memory and segment."""
     n_queries, n_keys, n_positions = q.shape[2], k.shape[2], r.shape[1]
     i = torch.arange(n_queries, device=q.device)[:, None]
     j = torch.arange(n_keys, device=q.device)
@@ -36,7 +36,7 @@ def masked_scores(
     visible = ((-right <= distance) & (distance <= left))[None]  # (1 or B, Q, K)
     ends = torch.full((1,), n_keys, device=q.device) if key_lengths is None else n_memory + key_lengths
     visible = visible & (j < ends[:, None, None])
-    # where, not a product: whatever stands in rows that no pair uses, NaN included, must reach neither sums nor gradients.
+    # where, not a product: whatever stands in rows that no pair uses, NaN included, must not reach sums or gradients.
     q = torch.where(visible.any(2)[:, None, :, None], q, 0.0)
     k = torch.where(visible.any(1)[:, None, :, None], k, 0.0)
     row_distance = n_keys - 1 - torch.arange(n_positions, device=q.device)
@@ -50,7 +50,7 @@ def masked_scores(
 
 
 def dropout_keep(seed: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
-    """Which elements of ``shape`` dropout keeps: ``tl.rand(seed, offset) >= dropout_p`` at the contiguous 64-bit offset.
+    """Which elements dropout keeps: ``tl.rand(seed, offset) >= dropout_p`` at the 64-bit contiguous offset.
 
     Philox4x32-10 with the seed as key and the offset as counter (Salmon et al., SC 2011), in int64 arithmetic.
     """
@@ -107,9 +107,9 @@ def _fake_backward(grad, q, k, v, r, content_bias, position_bias, k_memory, v_me
     return tuple(q.new_empty(0) if x is None else torch.empty_like(x) for x in inputs)
 
 
-# lse (B, H, Q) is the natural logarithm of the sum of exp(score), -inf for a row without a visible key, in fp32 (fp64 for
-# fp64). seed (1,) is None without dropout. Every tensor but grad has a contiguous last dimension. An absent memory has
-# empty gradients.
+# lse (B, H, Q) is the natural logarithm of the sum of exp(score), -inf for a row without a visible key, in fp32 (fp64
+# for fp64). seed (1,) is None without dropout. Every tensor but grad has a contiguous last dimension. An absent memory
+# has empty gradients. On a GPU a sequence whose key length lies outside 0..T gives NaN.
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor r, Tensor content_bias, Tensor position_bias, Tensor? k_memory,"
     " Tensor? v_memory, Tensor? key_lengths, Tensor? seed"
@@ -117,17 +117,17 @@ _INPUTS = (
 _OPTIONS = "int left, int right, float scale, float dropout_p, str backend"
 FORWARD = Op(f"rel_attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)", _fake_forward)
 BACKWARD = Op(
-    f"rel_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv,"
-    " Tensor dr, Tensor d_content_bias, Tensor d_position_bias, Tensor dk_memory, Tensor dv_memory)",
+    f"rel_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk,"
+    " Tensor dv, Tensor dr, Tensor d_content_bias, Tensor d_position_bias, Tensor dk_memory, Tensor dv_memory)",
     _fake_backward,
 )
 
 
 class RelAttention(torch.autograd.Function):
-    """The fused op; see :func:`rel_attention`.
+    """The fused op, see :func:`rel_attention`.
 
-    ``RelAttention.apply(q, k, v, r, content_bias, position_bias, k_memory or None, v_memory or None, key_lengths or None,
-    seed or None, left, right, scale, dropout_p, backend)``
+    ``RelAttention.apply(q, k, v, r, content_bias, position_bias, k_memory or None, v_memory or None,
+    key_lengths or None, seed or None, left, right, scale, dropout_p, backend)``
     """
 
     @staticmethod
@@ -224,14 +224,14 @@ def rel_attention(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention with relative positions over a memory and a segment: softmax of content plus position scores, times values.
+    """Attention with relative positions over memory and segment: softmax of content plus position scores, times values.
 
     With ``j`` counted over memory, then segment, ``K = M + T`` and ``d = i + (K - Q) - j``::
 
         score[i, j] = scale * ((q[i] + content_bias) . k[j] + (q[i] + position_bias) . r[K - 1 - d])
         out[i] = sum_j dropout(softmax_j(score[i, :]))[j] * v[j]
 
-    Equivalent, for a causal language model (``P == K``), to this, which writes several ``(B, H, Q, K)`` tensors to memory::
+    Equivalent, for a causal language model (``P == K``), to this, which allocates several ``(B, H, Q, K)`` tensors::
 
         k, v = (torch.cat((m, x), dim=2) for m, x in zip(memory, (k, v)))
         position = F.pad((q + position_bias[:, None]) @ r.mT, (1, 0)).view(B, H, K + 1, Q)[:, :, 1:].reshape(B, H, Q, K)
@@ -240,18 +240,21 @@ def rel_attention(
         out = score.masked_fill(future, -torch.inf).softmax(3) @ v
 
     Args:
-        q: queries, ``(B, H, Q, D)``; fp16, bf16, fp32 or fp64; arithmetic is fp32 (fp64 for fp64). Any strides, as of every
-            tensor here (a last dimension that is not contiguous costs a copy): ``[len, batch, head, width]`` permuted is fine.
+        q: queries, ``(B, H, Q, D)``; fp16, bf16, fp32 or fp64; arithmetic is fp32 (fp64 for fp64). Any strides, as of
+            every tensor here: ``[len, batch, head, width]`` permuted is fine (a last dimension that is not contiguous
+            costs a copy).
         k, v: keys and values of the segment, ``(B, H, T, D)``.
-        r: position rows, ``(H, P, D)``; row ``K - 1 - d`` belongs to distance ``d``, so row ``K - 1`` is distance 0. ``P`` is at
-            least ``K``, plus, for pairs that look ahead, ``min(Q - 1, right)``: ``K + Q - 1`` for a bidirectional encoder.
-        content_bias, position_bias: ``(H, D)``, added to the queries of the two products (u and v in the papers); fp32
-            biases are rounded to q's dtype. Default: zeros.
+        r: position rows, ``(H, P, D)``; row ``K - 1 - d`` belongs to distance ``d``, so row ``K - 1`` is distance 0.
+            ``P >= K + min(Q - 1, right)``: ``K`` for a causal language model, ``K + Q - 1`` for a bidirectional one.
+        content_bias, position_bias: ``(H, D)``, added to the queries of the two products (u and v in the papers); in
+            q's dtype or fp32, which is then rounded to q's dtype. Default: zeros.
         memory: keys and values in front of the segment's, each ``(B, H, M, D)``; never concatenated to them.
         causal: whether a query sees only keys at ``d >= 0``.
-        window: ``(left, right)`` keeps ``-right <= d <= left``; None is unlimited, ``left = -1`` with ``causal`` keeps nothing.
-            Transformer-XL's ``same_length`` is ``(mem_len - 1, 0)`` in the PyTorch original and ``(mem_len, 0)`` in TensorFlow's.
-        key_lengths: ``(B,)`` int32 or int64, the number of real keys of each segment; the rest may hold anything, NaN included.
+        window: ``(left, right)`` keeps ``-right <= d <= left``; None is unlimited; ``left = -1`` with ``causal`` keeps
+            nothing. Transformer-XL's ``same_length`` is ``(mem_len - 1, 0)`` in the original's PyTorch code and
+            ``(mem_len, 0)`` in its TensorFlow code.
+        key_lengths: ``(B,)`` int32 or int64, the number of real keys of each segment; the other keys and values may
+            hold anything, NaN included, and get gradient 0.
         scale: factor of the scores; default: ``D ** -0.5``.
         dropout_p: probability of dropping an attention weight, in ``[0, 1)``; the weights that stay are divided by
             ``1 - dropout_p``. The mask follows torch's generator of q's device and is the same on every backend.
@@ -262,8 +265,8 @@ def rel_attention(
         derivative exists on the eager backend alone.
 
     Raises:
-        ValueError: a wrong rank, shape, device, window, length, probability or backend. On a GPU a length outside 0..T gives
-            NaN for its sequence instead.
+        ValueError: a wrong rank, shape, device, window, length, probability or backend. On a GPU a length outside 0..T
+            gives NaN for its sequence instead.
         TypeError: a dtype that is not floating point, or two different ones.
 
     Source: arXiv 1901.02860 (github.com/kimiyoung/transformer-xl, RelPartialLearnableMultiHeadAttn), arXiv 2005.08100.
