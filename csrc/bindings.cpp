@@ -1,5 +1,6 @@
 // The pybind11 table of par_xl._C. Tensors arrive as (data pointer, batch stride, time stride) or as bare addresses.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdlib>
 #include <string>
@@ -61,6 +62,23 @@ PYBIND11_MODULE(_C, m) {
     }, nogil());
     m.def("ar_tar_backward_cpu", [](const ArTar& p, Address grad, Address scale, RowsTuple d_output, RowsTuple d_raw) {
         CPU(ar_tar_backward)(p, at(grad), at(scale), rows(d_output), rows(d_raw));
+    }, nogil());
+
+    using Pair = std::array<int64_t, 2>;
+    py::class_<RelRows>(m, "RelRows").def(py::init([](std::array<int64_t, 3> sizes, std::array<Address, 2> scores,
+                                                      std::array<Address, 2> d_weights, Pair columns, Address position,
+                                                      int64_t positions, int64_t shift, std::array<int64_t, 3> band,
+                                                      double dropout_p, uint64_t seed, std::array<int64_t, 4> offsets,
+                                                      int dtype) {
+        return RelRows{sizes[0], sizes[1], sizes[2], {at(scores[0]), at(scores[1])}, {at(d_weights[0]), at(d_weights[1])},
+                       {columns[0], columns[1]}, at(position), positions, shift, band[0], band[1], band[2], dropout_p, seed,
+                       offsets[0], offsets[1], offsets[2], offsets[3], DType(dtype)};
+    }));
+    m.def("rel_attention_forward_cpu", [](const RelRows& p, Address factor, Address lse, Pair strides) {
+        CPU(rel_attention_forward)(p, at(factor), at(lse), strides[0], strides[1]);
+    }, nogil());
+    m.def("rel_attention_backward_cpu", [](const RelRows& p, Address lse, Pair strides) {
+        CPU(rel_attention_backward)(p, at(lse), strides[0], strides[1]);
     }, nogil());
 #if PAR_XL_CUDA
     m.def("ar_tar_parts_cuda", &cuda::ar_tar_parts);

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from par_xl.ops.registry import Op, choose
+from par_xl.ops import rel_attention_cpu
+from par_xl.ops.registry import Op, choose, first_derivative_only
 
 UNLIMITED = 2**31 - 1  # a window without an end
 
@@ -123,6 +123,17 @@ BACKWARD = Op(
 )
 
 
+@FORWARD.implement("native")
+def _forward_native(*inputs):
+    _check_length_values(inputs[8], inputs[1].shape[2])
+    return rel_attention_cpu.forward(*inputs)
+
+
+@BACKWARD.implement("native")
+def _backward_native(*inputs):
+    return rel_attention_cpu.backward(*inputs)
+
+
 class RelAttention(torch.autograd.Function):
     """The fused op, see :func:`rel_attention`.
 
@@ -138,7 +149,7 @@ class RelAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         gradients = BACKWARD(grad, *ctx.saved_tensors, *ctx.options)
         wanted = (d if needed else None for d, needed in zip(gradients, ctx.needs_input_grad[:8], strict=True))
