@@ -11,6 +11,7 @@ namespace py = pybind11;
 using namespace par_xl;
 using Address = uintptr_t;
 using RowsTuple = std::tuple<Address, int64_t, int64_t>;
+using HeadsTuple = std::tuple<Address, int64_t, int64_t, int64_t>;
 
 namespace {
 
@@ -18,6 +19,8 @@ template <class T = void>
 T* at(Address address) { return reinterpret_cast<T*>(address); }
 
 Rows rows(const RowsTuple& x) { return {at(std::get<0>(x)), std::get<1>(x), std::get<2>(x)}; }
+
+Heads heads(const HeadsTuple& x) { return {at(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)}; }
 
 #if PAR_XL_X86
 enum class Isa { base, avx2, avx512 };
@@ -64,21 +67,21 @@ PYBIND11_MODULE(_C, m) {
         CPU(ar_tar_backward)(p, at(grad), at(scale), rows(d_output), rows(d_raw));
     }, nogil());
 
-    using Pair = std::array<int64_t, 2>;
-    py::class_<RelRows>(m, "RelRows").def(py::init([](std::array<int64_t, 3> sizes, std::array<Address, 2> scores,
-                                                      std::array<Address, 2> d_weights, Pair columns, Address position,
-                                                      int64_t positions, int64_t shift, std::array<int64_t, 3> band,
-                                                      double dropout_p, uint64_t seed, std::array<int64_t, 4> offsets,
-                                                      int dtype) {
-        return RelRows{sizes[0], sizes[1], sizes[2], {at(scores[0]), at(scores[1])}, {at(d_weights[0]), at(d_weights[1])},
-                       {columns[0], columns[1]}, at(position), positions, shift, band[0], band[1], band[2], dropout_p, seed,
-                       offsets[0], offsets[1], offsets[2], offsets[3], DType(dtype)};
-    }));
-    m.def("rel_attention_forward_cpu", [](const RelRows& p, Address factor, Address lse, Pair strides) {
-        CPU(rel_attention_forward)(p, at(factor), at(lse), strides[0], strides[1]);
+    py::class_<RelAttention>(m, "RelAttention")
+        .def(py::init([](std::array<HeadsTuple, 6> x, std::array<Address, 4> y, std::array<int64_t, 7> n, int64_t left,
+                         int64_t right, double scale, double dropout_p, int dtype) {
+            return RelAttention{heads(x[0]), heads(x[1]), heads(x[2]), heads(x[3]), heads(x[4]), heads(x[5]),
+                                at(y[0]), at(y[1]), at<const int64_t>(y[2]), at<const int64_t>(y[3]),
+                                n[0], n[1], n[2], n[3], n[4], n[5], n[6], left, right, scale, dropout_p, DType(dtype)};
+        }));
+    m.def("rel_attention_forward_cpu", [](const RelAttention& p, HeadsTuple out, Address lse) {
+        CPU(rel_attention_forward)(p, heads(out), at(lse));
     }, nogil());
-    m.def("rel_attention_backward_cpu", [](const RelRows& p, Address lse, Pair strides) {
-        CPU(rel_attention_backward)(p, at(lse), strides[0], strides[1]);
+    m.def("rel_attention_parts_cpu", [](const RelAttention& p) { return CPU(rel_attention_parts)(p); });
+    m.def("rel_attention_backward_cpu", [](const RelAttention& p, HeadsTuple grad, Address lse, std::array<HeadsTuple, 5> d,
+                                           Address d_shared) {
+        CPU(rel_attention_backward)(p, heads(grad), at(lse), heads(d[0]), heads(d[1]), heads(d[2]), heads(d[3]), heads(d[4]),
+                                    at(d_shared));
     }, nogil());
 #if PAR_XL_CUDA
     m.def("ar_tar_parts_cuda", &cuda::ar_tar_parts);

@@ -21,19 +21,22 @@ struct ArTar {
     DType dtype;
 };
 
-// A block of query rows of rel_attention, between its matrix products on the CPU; see par_xl/ops/rel_attention_cpu.py.
-// Its keys are two parts, memory and segment; columns count over both. All arrays are contiguous.
-struct RelRows {
-    int64_t batches, heads, rows;
-    void *scores[2], *d_weights[2];  // (batches, heads, rows, columns[i]): content products, and gradients of the weights
-    int64_t columns[2];
-    void* position;  // (heads, batches, rows, positions): position products; those of row a, column c stand at c - a + shift
-    int64_t positions, shift;
-    int64_t distance, left, right;  // row a, column c are d = distance + a - c steps apart, visible where -right <= d <= left
-    double dropout_p;               // 0 for none
-    uint64_t seed;
-    int64_t offset, batch_offset, head_offset, row_offset;  // random number of row 0, column 0, and steps of the offset
-    DType dtype;                                            // f32 or f64
+// A (batch, head, time, width) tensor whose last dimension is contiguous. A null pointer stands for an absent tensor.
+struct Heads {
+    void* data;
+    int64_t batch_stride, head_stride, time_stride;
+};
+
+// Attention with relative positions over memory and segment; see par_xl/ops/rel_attention.py.
+struct RelAttention {
+    Heads q, k, v, r, k_memory, v_memory;      // r: batch_stride 0
+    const void *content_bias, *position_bias;  // (heads, width), contiguous
+    const int64_t* key_lengths;                // (batch,) or nullptr
+    const int64_t* seed;                       // (1,), with dropout
+    int64_t batch, heads, queries, keys, memory, positions, width;
+    int64_t left, right;
+    double scale, dropout_p;
+    DType dtype;
 };
 
 }  // namespace par_xl
@@ -45,9 +48,12 @@ struct RelRows {
     int64_t ar_tar_parts(const ArTar& p);                                                      \
     void ar_tar_forward(const ArTar& p, double alpha, double beta, double* partial_sums, void* loss, void* scale); \
     void ar_tar_backward(const ArTar& p, const void* grad, const void* scale, Rows d_output, Rows d_raw); \
-    /* factor is (batches, heads, rows), contiguous; lse has these strides */                  \
-    void rel_attention_forward(const RelRows& p, void* factor, void* lse, int64_t batch_stride, int64_t head_stride); \
-    void rel_attention_backward(const RelRows& p, const void* lse, int64_t batch_stride, int64_t head_stride);
+    void rel_attention_forward(const RelAttention& p, Heads out, void* lse);                   \
+    /* d_shared: see rel_attention_parts */                                                    \
+    void rel_attention_backward(const RelAttention& p, Heads grad, const void* lse, Heads dq, Heads dk, Heads dv, \
+                                Heads dk_memory, Heads dv_memory, void* d_shared);             \
+    /* d_shared is (parts, heads, positions + 2, width padded to 16): gradients of r and of both biases, to be summed */ \
+    int64_t rel_attention_parts(const RelAttention& p);
 
 namespace par_xl::base { PAR_XL_CPU_KERNELS }
 #if PAR_XL_X86

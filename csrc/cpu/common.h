@@ -115,6 +115,7 @@ PAR_XL_INLINE void write_row(T* to, int64_t width, bool stream, F&& value) {
 }
 
 PAR_XL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PAR_XL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 PAR_XL_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 PAR_XL_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -1,222 +1,394 @@
-// Rows of rel_attention on the CPU: all that stands between its matrix products, in one pass over a block of score rows.
+// rel_attention on the CPU. A thread takes a head, packs its keys, values and position rows once, and walks over blocks of
+// query rows whose scores stay in its cache. A block sees every key of its rows, so a row's softmax is complete in it.
 //
-//     score = content + position (read at its own offset: this is the relative shift), masked to the window
-//     forward:   content <- exp(score - max), dropped;  factor = 1 / (sum * (1 - p));  lse = max + log(sum)
-//     backward:  P = exp(score - lse);  dW <- dS = P * (keep/(1-p) * dW - delta);  position <- dS;  content <- P * keep/(1-p)
+// The relative shift costs nothing: query row a meets key column c in position p = c - a + const, so the position product,
+// stored with a row pitch one larger than that of the scores, falls on the scores it belongs to. The same view of the
+// gradients of the scores is the gradient of the position product. Rows have margins for what lies outside of the scores.
 //
-// What is not visible becomes 0, so that the products that follow may run over whole rectangles. A row is summed by one
-// thread, so the bits do not depend on the number of threads.
-#include <cmath>
+//     scores = content_q k^T + position_q r^T               content_q, position_q: (q + bias) * scale
+//     forward:   W = exp(scores - max), out = W v / sum
+//     backward:  W = exp(scores - lse), dW = grad v^T, dS = W * (dW - sum(W dW)), and one product for each gradient
+//
+// Work is cut by shape alone and a head's sums have one order, so the bits do not depend on the number of threads.
 #include <limits>
+#include <memory>
 
-#include "common.h"
+#include "elementary.h"
+#include "matmul.h"
 
 namespace par_xl::PAR_XL_ISA {
 namespace {
 
-// exp(x) for x <= 88 within 1 ulp, 0 below -87: 2^n * e^f with n = round(x / log 2) and a polynomial of degree 7 for e^f.
-// Written without branches, so that loops over it vectorise; NaN stays NaN.
-PAR_XL_INLINE float exponential(float x) {
-    const float magic = 0x1.8p23f;  // adding it rounds to an integer, which then stands in the low bits
-    float clamped = x < -87.0f ? -87.0f : x;
-    float shifted = clamped * 1.44269504f + magic, n = shifted - magic;
-    float f = clamped - n * 0.693359375f + n * 2.12194440e-4f;  // log 2 in two pieces: f keeps its low bits
-    float y = 1.9875691e-4f;
-    y = y * f + 1.3981999e-3f;
-    y = y * f + 8.3334519e-3f;
-    y = y * f + 4.1665795e-2f;
-    y = y * f + 1.6666665e-1f;
-    y = y * f + 5.0000001e-1f;
-    y = y * (f * f) + f + 1.0f;
-    float power = bit_cast<float>((bit_cast<int32_t>(shifted) << 23) + 0x3f800000);
-    return x < -87.0f ? 0.0f : y * power;
-}
-PAR_XL_INLINE double exponential(double x) { return std::exp(x); }
+constexpr int64_t max_rows = 96;            // of a block
+constexpr int64_t score_bytes = 768 << 10;  // of a block's score buffers: most of a second-level cache
+constexpr int64_t units_wanted = 32;        // of work, for the threads to share
 
-// The first word of Philox4x32-10 (Salmon et al., SC 2011) at counter `offset`, as a number in [0, 1): tl.rand(seed, offset).
-PAR_XL_INLINE float uniform(uint64_t seed, uint64_t offset) {
-    uint32_t c0 = uint32_t(offset), c1 = uint32_t(offset >> 32), c2 = 0, c3 = 0;
-    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-    for (int i = 0; i < 10; ++i) {
-        uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
-        c0 = uint32_t(b >> 32) ^ c1 ^ k0;
-        c1 = uint32_t(b);
-        c2 = uint32_t(a >> 32) ^ c3 ^ k1;
-        c3 = uint32_t(a);
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    return float(int32_t(c0) < 0 ? int32_t(~c0) : int32_t(c0)) * 4.6566127342e-10f;
+template <class X>
+PAR_XL_INLINE X* at(const Heads& x, int64_t b, int64_t h, int64_t t) {
+    return static_cast<X*>(x.data) + b * x.batch_stride + h * x.head_stride + t * x.time_stride;
 }
 
-// Row a of (batch, head), its visible columns [begin, end) and the address of its position products by column.
-template <class T>
-struct Row {
-    int64_t index, begin, end;
-    T* position;
-    uint64_t offset;
+// Query rows [begin, begin + rows) of a head; the keys and position rows that some of them see.
+struct Block {
+    int64_t begin, rows, first_key, end_key, first_position, end_position;
+    int64_t key0, position0;  // of the first column of a product: the same, rounded down to a panel
+    int64_t pitch, shift;     // of the scores; position p of row 0 is at column p + shift
 
-    Row(const RelRows& p, int64_t b, int64_t h, int64_t a)
-        : index((b * p.heads + h) * p.rows + a),
-          begin(max(0, p.distance + a - p.left)),
-          end(min(p.columns[0] + p.columns[1], p.distance + a + p.right + 1)),
-          position(static_cast<T*>(p.position) + ((h * p.batches + b) * p.rows + a) * p.positions + p.shift - a),
-          offset(p.offset + b * p.batch_offset + h * p.head_offset + a * p.row_offset) {}
+    int64_t columns() const { return end_key - key0; }
 };
 
-// The visible columns of one part of a row, as a span [begin, end) of that part, which starts at column `first`.
+// The visible columns of a row, and those which a product may read.
 struct Span {
-    int64_t first, begin, end;
-
-    template <class T>
-    Span(const RelRows& p, const Row<T>& row, int part)
-        : first(part ? p.columns[0] : 0),
-          begin(min(max(row.begin - first, 0), p.columns[part])),
-          end(max(begin, min(row.end - first, p.columns[part]))) {}
+    int64_t begin, end, read_begin, read_end;
 };
 
+// How a call is cut.
 template <class T>
-PAR_XL_INLINE T* row_of(void* const* parts, const RelRows& p, int part, int64_t index) {
-    return static_cast<T*>(parts[part]) + index * p.columns[part];
-}
+struct Plan {
+    const RelAttention& p;
+    int64_t n_keys, lag, width, rows, used_positions, scores;
 
-template <class T>
-PAR_XL_INLINE void zero_outside(T* x, int64_t begin, int64_t end, int64_t size) {
-    memset(x, 0, begin * sizeof(T));
-    memset(x + end, 0, (size - end) * sizeof(T));
-}
-
-template <class T>
-PAR_XL_INLINE T add_positions(T* score, const T* position, Span s) {
-    T largest = -std::numeric_limits<T>::infinity();
-#pragma omp simd reduction(max : largest)
-    for (int64_t c = s.begin; c < s.end; ++c) {
-        score[c] += position[c];
-        largest = score[c] > largest ? score[c] : largest;
+    Plan(const RelAttention& p, int64_t buffers)
+        : p(p), n_keys(p.memory + p.keys), lag(n_keys - p.queries), width(round_up(p.width, 16)),
+          used_positions(n_keys + min(p.queries - 1, p.right)) {
+        const int64_t columns = max(1, min(n_keys, p.left + p.right + max_rows));
+        const int64_t most = max(tile_rows, min(max_rows, score_bytes / buffers / int64_t(sizeof(T)) / columns));
+        rows = min(round_up(ceil_div(p.queries, max(1, ceil_div(p.queries, most))), tile_rows), max_rows);
+        scores = margin() + rows * pitch(columns + panel<T>) + panel<T>;
     }
-    return largest;
-}
 
+    int64_t margin() const { return round_up(rows + panel<T>, lanes<T>); }
+    int64_t pitch(int64_t columns) const { return round_up(columns, lanes<T>) + margin(); }
+    int64_t real_keys(int64_t b) const { return p.memory + (p.key_lengths ? p.key_lengths[b] : p.keys); }
+
+    // The rows of sequence b that see a key.
+    int64_t first_row() const { return max(0, -lag - p.right); }
+    int64_t end_row(int64_t b) const {
+        const bool any = real_keys(b) > 0 && p.left + p.right >= 0;
+        return any ? max(first_row(), min(p.queries, real_keys(b) - lag + p.left)) : first_row();
+    }
+
+    Block block(int64_t b, int64_t begin) const {
+        Block x;
+        x.begin = begin;
+        x.rows = min(rows, end_row(b) - begin);
+        const int64_t end = begin + x.rows;
+        x.first_key = max(0, begin + lag - p.left);
+        x.end_key = min(real_keys(b), end + lag + p.right);
+        x.first_position = max(x.first_key - end + p.queries, n_keys - 1 - p.left);
+        x.end_position = min(x.end_key - begin + p.queries - 1, n_keys + p.right);
+        x.key0 = x.first_key / panel<T> * panel<T>;
+        x.position0 = x.first_position / panel<T> * panel<T>;
+        x.pitch = pitch(x.columns());
+        x.shift = begin - p.queries + 1 - x.key0;
+        return x;
+    }
+
+    Span span(const Block& x, int64_t a) const {
+        const int64_t key = x.begin + a + lag;  // at distance 0
+        Span s;
+        s.begin = min(max(x.first_key, key - p.left) - x.key0, x.columns());
+        s.end = max(s.begin, min(x.end_key, key + p.right + 1) - x.key0);
+        s.read_begin = min(x.first_key - x.key0, x.first_position + x.shift + a);
+        s.read_end = max(x.columns(), x.end_position + x.shift + a);
+        return s;
+    }
+
+    // Sequences are dealt into parts; a part and a head are a unit of work.
+    int64_t parts() const { return max(1, min(p.batch, ceil_div(units_wanted, max(1, p.heads)))); }
+    int64_t first_sequence(int64_t part) const { return part * p.batch / parts(); }
+};
+
+// Scores of a row to exp(score - max), 0 where invisible. Returns 1 / sum (0 for an empty row) and lse.
 template <class T>
-PAR_XL_INLINE T exponentiate(T* score, T largest, Span s) {
-    T sum = 0;
+PAR_XL_INLINE T softmax_row(T* score, const Span& s, T& lse) {
+    T largest = -std::numeric_limits<T>::infinity(), sum = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t c = s.begin; c < s.end; ++c) largest = score[c] > largest ? score[c] : largest;
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = s.begin; c < s.end; ++c) {
         score[c] = exponential(score[c] - largest);
         sum += score[c];
     }
-    return sum;
+    lse = s.begin < s.end ? largest + std::log(sum) : largest;
+    return s.begin < s.end ? 1 / sum : 0;
 }
 
+// Scores of a row to weights, by its lse.
 template <class T>
-PAR_XL_INLINE void drop(T* weight, Span s, uint64_t seed, uint64_t offset, float dropout_p) {
+PAR_XL_INLINE void weigh_row(T* score, const Span& s, T lse) {
 #pragma omp simd
-    for (int64_t c = s.begin; c < s.end; ++c) weight[c] = uniform(seed, offset + c) >= dropout_p ? weight[c] : T(0);
+    for (int64_t c = s.begin; c < s.end; ++c) score[c] = exponential(score[c] - lse);
 }
 
+// Turns the sign of the weights that dropout drops. (A weight of 0 has none to turn, and makes no difference.)
 template <class T>
-void forward_row(const RelRows& p, const Row<T>& row, T* factor, T* lse) {
-    T largest = -std::numeric_limits<T>::infinity(), sum = 0;
-    for (int part = 0; part < 2; ++part) {
-        Span s(p, row, part);
-        T found = add_positions(row_of<T>(p.scores, p, part, row.index), row.position + s.first, s);
-        largest = found > largest ? found : largest;
-    }
-    for (int part = 0; part < 2; ++part) {
-        Span s(p, row, part);
-        T* weight = row_of<T>(p.scores, p, part, row.index);
-        sum += exponentiate(weight, largest, s);
-        if (p.dropout_p > 0) drop(weight, s, p.seed, row.offset + s.first, float(p.dropout_p));
-        zero_outside(weight, s.begin, s.end, p.columns[part]);
-    }
-    *factor = row.begin < row.end ? 1 / (sum * T(1 - p.dropout_p)) : 0;
-    *lse = row.begin < row.end ? largest + std::log(sum) : largest;
+PAR_XL_INLINE void mark_dropped(T* weight, const Span& s, uint64_t seed, uint64_t offset, float dropout_p) {
+#pragma omp simd
+    for (int64_t c = s.begin; c < s.end; ++c) weight[c] = uniform(seed, offset + c) >= dropout_p ? weight[c] : -weight[c];
 }
 
-// P from the scores, and delta = sum of P * dW. With dropout, `position` then holds keep / (1 - p), and dW is times that.
+// Weights, dropped ones negative, to what dropout leaves of them; d_weights to the gradients of the scores.
 template <class T>
-PAR_XL_INLINE T recompute(const RelRows& p, T* score, T* d_weight, T* position, T lse, Span s, uint64_t offset) {
+PAR_XL_INLINE void differentiate_row(T* weight, T* d_weight, const Span& s, T kept) {
     T delta = 0;
-#pragma omp simd
-    for (int64_t c = s.begin; c < s.end; ++c) score[c] = exponential(score[c] + position[c] - lse);
-    if (p.dropout_p > 0) {
-        const T kept = T(1 / (1 - p.dropout_p));
-        const float dropout_p = float(p.dropout_p);
-#pragma omp simd
-        for (int64_t c = s.begin; c < s.end; ++c) {
-            position[c] = uniform(p.seed, offset + c) >= dropout_p ? kept : T(0);
-            d_weight[c] *= position[c];
-        }
-    }
 #pragma omp simd reduction(+ : delta)
-    for (int64_t c = s.begin; c < s.end; ++c) delta += score[c] * d_weight[c];
-    return delta;
-}
-
-template <class T>
-PAR_XL_INLINE void differentiate(const RelRows& p, T* score, T* d_weight, T* position, T delta, Span s) {
-    const bool dropout = p.dropout_p > 0;
+    for (int64_t c = s.begin; c < s.end; ++c) {
+        T left = weight[c] < 0 ? 0 : weight[c] * kept;
+        delta += left * d_weight[c];
+    }
 #pragma omp simd
     for (int64_t c = s.begin; c < s.end; ++c) {
-        T weight = score[c], d_score = weight * (d_weight[c] - delta);
-        score[c] = dropout ? weight * position[c] : weight;
-        d_weight[c] = d_score;
-        position[c] = d_score;
+        T w = weight[c], left = w < 0 ? 0 : w * kept;
+        d_weight[c] = left * d_weight[c] - (w < 0 ? -w : w) * delta;
+        weight[c] = left;
     }
 }
 
 template <class T>
-void backward_row(const RelRows& p, const Row<T>& row, int64_t a, T lse) {
-    T delta = 0;
-    for (int part = 0; part < 2; ++part) {
-        Span s(p, row, part);
-        delta += recompute(p, row_of<T>(p.scores, p, part, row.index), row_of<T>(p.d_weights, p, part, row.index),
-                           row.position + s.first, lse, s, row.offset + s.first);
-    }
-    for (int part = 0; part < 2; ++part) {
-        Span s(p, row, part);
-        T* weight = row_of<T>(p.scores, p, part, row.index);
-        T* d_weight = row_of<T>(p.d_weights, p, part, row.index);
-        differentiate(p, weight, d_weight, row.position + s.first, delta, s);
-        zero_outside(weight, s.begin, s.end, p.columns[part]);
-        zero_outside(d_weight, s.begin, s.end, p.columns[part]);
-    }
-    const int64_t start = p.shift - a;
-    const bool empty = row.begin >= row.end;
-    zero_outside(row.position - start, empty ? 0 : start + row.begin, empty ? 0 : start + row.end, p.positions);
+PAR_XL_INLINE void zero_invisible(T* x, const Span& s) {
+    memset(x + s.read_begin, 0, (s.begin - s.read_begin) * sizeof(T));
+    memset(x + s.end, 0, (s.read_end - s.end) * sizeof(T));
 }
 
-template <class F>
-void for_each_row(const RelRows& p, F&& f) {
-    const int64_t count = p.batches * p.heads * p.rows;
-#pragma omp parallel for schedule(static) num_threads(threads_for(count * p.positions * 4))
-    for (int64_t i = 0; i < count; ++i) f(i / (p.heads * p.rows), i / p.rows % p.heads, i % p.rows);
-}
+// One thread and what it needs: a head's operands in the arithmetic type, a block's queries, scores and results.
+template <class X>
+class Worker {
+    using T = acc_t<X>;
+    const RelAttention& p;
+    const Plan<T> plan;
+    std::unique_ptr<T[]> memory;
+    T *key_t, *value_t, *r_t, *key, *value, *r, *d_key, *d_value;             // (n, width), and transposed
+    T *content_q, *position_q, *d_out, *content_out, *position_out, *factor;  // (rows, width); factor (rows)
+    T *scores, *d_scores;                                                     // row 0, column 0
 
-// Calls f(float{}) or f(double{}).
-template <class F>
-void dispatch_wide(DType dtype, F&& f) {
-    return dtype == DType::f64 ? f(double{}) : f(float{});
+public:
+    Worker(const RelAttention& p, bool backward) : p(p), plan(p, backward ? 2 : 1) {
+        const int64_t keys = round_up(plan.n_keys, panel<T>) * plan.width, block = plan.rows * plan.width;
+        const int64_t positions = round_up(plan.used_positions, panel<T>) * plan.width;
+        int64_t size = 0;
+        auto cut = [&](T*& x, int64_t n, int64_t margin = 0) {
+            x = memory.get() + size + margin;
+            size += round_up(n, 16);
+        };
+        for (int pass = 0; pass < 2; ++pass) {  // the first one counts
+            if (pass) memory.reset(new T[size]);
+            size = 0;
+            for (T** x : {&key_t, &value}) cut(*x, keys);
+            for (T** x : {&content_q, &position_q, &content_out, &factor}) cut(*x, block);
+            cut(r_t, positions);
+            cut(scores, plan.scores, plan.margin());
+            if (!backward) continue;
+            for (T** x : {&value_t, &key, &d_key, &d_value}) cut(*x, keys);
+            for (T** x : {&d_out, &position_out}) cut(*x, block);
+            cut(r, positions);
+            cut(d_scores, plan.scores, plan.margin());
+        }
+    }
+
+    // The sequences of a part, for one head.
+    void forward(int64_t part, int64_t h, const Heads& out, T* lse) {
+        pack_positions(h, false);
+        for (int64_t b = plan.first_sequence(part); b < plan.first_sequence(part + 1); ++b) {
+            T* row_lse = lse + (b * p.heads + h) * p.queries;
+            for (int64_t i = 0; i < p.queries; ++i)
+                if (i < plan.first_row() || i >= plan.end_row(b)) {
+                    row_lse[i] = -std::numeric_limits<T>::infinity();
+                    memset(at<X>(out, b, h, i), 0, p.width * sizeof(X));
+                }
+            pack_keys(p.k_memory, p.k, b, h, nullptr, key_t);
+            pack_keys(p.v_memory, p.v, b, h, value, nullptr);
+            for (int64_t i = plan.first_row(); i < plan.end_row(b); i += plan.rows)
+                forward_block(plan.block(b, i), b, h, out, row_lse + i);
+        }
+    }
+
+    // The same; d_shared is this unit's, (positions + 2, width).
+    void backward(int64_t part, int64_t h, const Heads& grad, const T* lse, const Heads& dq, const Heads* d, T* d_shared) {
+        pack_positions(h, true);
+        memset(d_shared, 0, (p.positions + 2) * plan.width * sizeof(T));
+        for (int64_t b = plan.first_sequence(part); b < plan.first_sequence(part + 1); ++b) {
+            for (int64_t i = 0; i < p.queries; ++i)
+                if (i < plan.first_row() || i >= plan.end_row(b)) memset(at<X>(dq, b, h, i), 0, p.width * sizeof(X));
+            pack_keys(p.k_memory, p.k, b, h, key, key_t);
+            pack_keys(p.v_memory, p.v, b, h, nullptr, value_t);
+            for (T* x : {d_key, d_value}) memset(x, 0, plan.n_keys * plan.width * sizeof(T));
+            for (int64_t i = plan.first_row(); i < plan.end_row(b); i += plan.rows)
+                backward_block(plan.block(b, i), b, h, grad, lse + (b * p.heads + h) * p.queries + i, dq, d_shared);
+            unpack(d_key, d[0], b, h, p.keys, p.memory);
+            unpack(d_value, d[1], b, h, p.keys, p.memory);
+            unpack(d_key, d[2], b, h, p.memory, 0);
+            unpack(d_value, d[3], b, h, p.memory, 0);
+        }
+    }
+
+private:
+    void forward_block(const Block& x, int64_t b, int64_t h, const Heads& out, T* lse) {
+        multiply_scores(x, b, h);
+        for (int64_t a = 0; a < x.rows; ++a) {
+            const Span s = plan.span(x, a);
+            T* row = scores + a * x.pitch;
+            factor[a] = softmax_row(row, s, lse[a]) / T(1 - p.dropout_p);
+            if (p.dropout_p > 0) {
+                mark_dropped(row, s, uint64_t(*p.seed), offset(x, b, h, a), float(p.dropout_p));
+#pragma omp simd
+                for (int64_t c = s.begin; c < s.end; ++c) row[c] = row[c] < 0 ? 0 : row[c];
+            }
+            zero_invisible(row, s);
+        }
+        multiply_by_keys(x, scores, value, content_out);
+        for (int64_t a = 0; a < x.rows; ++a) {
+            X* to = at<X>(out, b, h, x.begin + a);
+            for (int64_t d = 0; d < p.width; ++d) to[d] = store<X>(content_out[a * plan.width + d] * factor[a]);
+        }
+    }
+
+    void backward_block(const Block& x, int64_t b, int64_t h, const Heads& grad, const T* lse, const Heads& dq, T* d_shared) {
+        const T kept = T(1 / (1 - p.dropout_p));
+        multiply_scores(x, b, h);
+        pack(grad, b, h, x.begin, x.rows, d_out);
+        multiply(x.rows, x.columns(), p.width, d_out, plan.width, 1, columns(value_t, x.key0), d_scores, x.pitch, false);
+        for (int64_t a = 0; a < x.rows; ++a) {
+            const Span s = plan.span(x, a);
+            T *row = scores + a * x.pitch, *d_row = d_scores + a * x.pitch;
+            weigh_row(row, s, lse[a]);
+            if (p.dropout_p > 0) mark_dropped(row, s, uint64_t(*p.seed), offset(x, b, h, a), float(p.dropout_p));
+            differentiate_row(row, d_row, s, kept);
+            zero_invisible(row, s);
+            zero_invisible(d_row, s);
+        }
+        const int64_t n_keys = x.end_key - x.first_key, key = x.first_key - x.key0;
+        const int64_t n_positions = x.end_position - x.first_position;
+        const T* d_positions = d_scores + x.first_position + x.shift;  // with a row pitch one larger
+        // dv += W^T grad, dk += dS^T content_q, dr += dS^T position_q
+        multiply(n_keys, plan.width, x.rows, scores + key, 1, x.pitch, rows(d_out), d_value + x.first_key * plan.width, plan.width, true);
+        multiply(n_keys, plan.width, x.rows, d_scores + key, 1, x.pitch, rows(content_q), d_key + x.first_key * plan.width, plan.width, true);
+        multiply(n_positions, plan.width, x.rows, d_positions, 1, x.pitch + 1, rows(position_q), d_shared + x.first_position * plan.width, plan.width, true);
+        // dq = scale * (dS k + dS r)
+        multiply_by_keys(x, d_scores, this->key, content_out);
+        multiply(x.rows, plan.width, n_positions, d_positions, x.pitch + 1, 1, rows(r + x.first_position * plan.width), position_out, plan.width, false);
+        T *d_content = d_shared + p.positions * plan.width, *d_position = d_content + plan.width;
+        for (int64_t a = 0; a < x.rows; ++a) {
+            X* to = at<X>(dq, b, h, x.begin + a);
+            for (int64_t d = 0; d < p.width; ++d) {
+                const T content = content_out[a * plan.width + d] * T(p.scale), position = position_out[a * plan.width + d] * T(p.scale);
+                d_content[d] += content;
+                d_position[d] += position;
+                to[d] = store<X>(content + position);
+            }
+        }
+    }
+
+    // content_q k^T + position_q r^T of the block's rows
+    void multiply_scores(const Block& x, int64_t b, int64_t h) {
+        pack(p.q, b, h, x.begin, x.rows, content_q);
+        const X* content = static_cast<const X*>(p.content_bias) + h * p.width;
+        const X* position = static_cast<const X*>(p.position_bias) + h * p.width;
+        for (int64_t a = 0; a < x.rows; ++a)
+            for (int64_t d = 0; d < p.width; ++d) {
+                T q = content_q[a * plan.width + d];
+                content_q[a * plan.width + d] = (q + load(content[d])) * T(p.scale);
+                position_q[a * plan.width + d] = (q + load(position[d])) * T(p.scale);
+            }
+        multiply(x.rows, x.columns(), p.width, content_q, plan.width, 1, columns(key_t, x.key0), scores, x.pitch, false);
+        multiply(x.rows, x.end_position - x.position0, p.width, position_q, plan.width, 1, columns(r_t, x.position0),
+                 scores + x.position0 + x.shift, x.pitch + 1, true);
+    }
+
+    // to = x_rows keys, over the keys that the block sees
+    void multiply_by_keys(const Block& x, const T* from, const T* keys, T* to) {
+        multiply(x.rows, plan.width, x.end_key - x.first_key, from + x.first_key - x.key0, x.pitch, 1,
+                 rows(keys + x.first_key * plan.width), to, plan.width, false);
+    }
+
+    Factor<T> rows(const T* x) const { return {x, plan.width, panel<T>}; }
+    Factor<T> columns(const T* x, int64_t first) const { return {x + first * p.width, panel<T>, panel<T> * p.width}; }
+
+    // Of the random number that belongs to a row's column 0.
+    uint64_t offset(const Block& x, int64_t b, int64_t h, int64_t a) const {
+        return uint64_t(((b * p.heads + h) * p.queries + x.begin + a) * plan.n_keys + x.key0);
+    }
+
+    // (n, width), padded with zeros
+    void pack(const Heads& x, int64_t b, int64_t h, int64_t begin, int64_t n, T* to) const {
+        for (int64_t t = 0; t < n; ++t) {
+            const X* from = at<X>(x, b, h, begin + t);
+            for (int64_t d = 0; d < p.width; ++d) to[t * plan.width + d] = load(from[d]);
+            for (int64_t d = p.width; d < plan.width; ++d) to[t * plan.width + d] = 0;
+        }
+    }
+
+    // (D, n) in panels of columns, from column `first` on
+    void pack_transposed(const Heads& x, int64_t b, int64_t h, int64_t n, int64_t first, T* to) const {
+        for (int64_t t = 0; t < n; ++t) {
+            const X* from = at<X>(x, b, h, t);
+            const int64_t c = first + t;
+            T* column = to + c / panel<T> * panel<T> * p.width + c % panel<T>;
+            for (int64_t d = 0; d < p.width; ++d) column[d * panel<T>] = load(from[d]);
+        }
+    }
+
+    void pack_keys(const Heads& memory, const Heads& segment, int64_t b, int64_t h, T* rows, T* transposed) const {
+        const int64_t n = plan.real_keys(b) - p.memory;
+        if (rows) {
+            pack(memory, b, h, 0, p.memory, rows);
+            pack(segment, b, h, 0, n, rows + p.memory * plan.width);
+        }
+        if (transposed) {
+            pack_transposed(memory, b, h, p.memory, 0, transposed);
+            pack_transposed(segment, b, h, n, p.memory, transposed);
+        }
+    }
+
+    void pack_positions(int64_t h, bool backward) const {
+        pack_transposed(p.r, 0, h, plan.used_positions, 0, r_t);
+        if (backward) pack(p.r, 0, h, 0, plan.used_positions, r);
+    }
+
+    void unpack(const T* from, const Heads& x, int64_t b, int64_t h, int64_t n, int64_t first) const {
+        for (int64_t t = 0; t < n; ++t) {
+            X* to = at<X>(x, b, h, t);
+            for (int64_t d = 0; d < p.width; ++d) to[d] = store<X>(from[(first + t) * plan.width + d]);
+        }
+    }
+};
+
+// Calls f(worker, part, head) for each unit of work.
+template <class X, class F>
+void for_each_unit(const RelAttention& p, bool backward, F&& f) {
+    const int64_t parts = Plan<acc_t<X>>(p, 1).parts(), count = parts * p.heads;
+    const int64_t bytes = p.batch * p.heads * p.queries * (p.memory + p.keys) * 8;
+#pragma omp parallel num_threads(min(threads_for(bytes), max(1, count)))
+    {
+        Worker<X> worker(p, backward);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count; ++i) f(worker, i / p.heads, i % p.heads);
+    }
 }
 
 }  // namespace
 
-void rel_attention_forward(const RelRows& p, void* factor, void* lse, int64_t batch_stride, int64_t head_stride) {
-    dispatch_wide(p.dtype, [&](auto type) {
-        using T = decltype(type);
-        for_each_row(p, [&](int64_t b, int64_t h, int64_t a) {
-            Row<T> row(p, b, h, a);
-            forward_row(p, row, static_cast<T*>(factor) + row.index,
-                        static_cast<T*>(lse) + b * batch_stride + h * head_stride + a);
+int64_t rel_attention_parts(const RelAttention& p) { return Plan<float>(p, 1).parts(); }
+
+void rel_attention_forward(const RelAttention& p, Heads out, void* lse) {
+    dispatch(p.dtype, [&](auto storage) {
+        using X = decltype(storage);
+        for_each_unit<X>(p, false, [&](Worker<X>& worker, int64_t part, int64_t h) {
+            worker.forward(part, h, out, static_cast<acc_t<X>*>(lse));
         });
     });
 }
 
-void rel_attention_backward(const RelRows& p, const void* lse, int64_t batch_stride, int64_t head_stride) {
-    dispatch_wide(p.dtype, [&](auto type) {
-        using T = decltype(type);
-        for_each_row(p, [&](int64_t b, int64_t h, int64_t a) {
-            backward_row(p, Row<T>(p, b, h, a), a, static_cast<const T*>(lse)[b * batch_stride + h * head_stride + a]);
+void rel_attention_backward(const RelAttention& p, Heads grad, const void* lse, Heads dq, Heads dk, Heads dv, Heads dk_memory,
+                            Heads dv_memory, void* d_shared) {
+    const Heads d[] = {dk, dv, dk_memory, dv_memory};
+    dispatch(p.dtype, [&](auto storage) {
+        using X = decltype(storage);
+        using T = acc_t<X>;
+        const int64_t size = (p.positions + 2) * round_up(p.width, 16);
+        for_each_unit<X>(p, true, [&](Worker<X>& worker, int64_t part, int64_t h) {
+            T* d_unit = static_cast<T*>(d_shared) + (part * p.heads + h) * size;
+            worker.backward(part, h, grad, static_cast<const T*>(lse), dq, d, d_unit);
         });
     });
 }

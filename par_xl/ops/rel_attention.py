@@ -18,8 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from par_xl.ops import rel_attention_cpu
-from par_xl.ops.registry import Op, choose, first_derivative_only
+from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only
 
 UNLIMITED = 2**31 - 1  # a window without an end
 
@@ -123,15 +122,49 @@ BACKWARD = Op(
 )
 
 
+def _heads(x: Tensor | None) -> tuple[int, int, int, int]:
+    return (0, 0, 0, 0) if x is None or x.numel() == 0 else (x.data_ptr(), *x.stride()[:3])
+
+
+def _problem(
+    q, k, v, r, content_bias, position_bias, k_memory, v_memory, key_lengths, seed, left, right, scale, dropout_p
+):  # fmt: skip
+    batch, heads, queries, width = q.shape
+    memory = 0 if k_memory is None else k_memory.shape[2]
+    addresses = (0 if x is None else x.data_ptr() for x in (content_bias, position_bias, key_lengths, seed))
+    sizes = batch, heads, queries, k.shape[2], memory, r.shape[1], width
+    tensors = (_heads(x) for x in (q, k, v, r[None], k_memory, v_memory))
+    return _C.RelAttention(
+        tuple(tensors), tuple(addresses), sizes, left, right, scale, dropout_p, DTYPES[q.dtype]
+    )  # fmt: skip
+
+
 @FORWARD.implement("native")
 def _forward_native(*inputs):
-    _check_length_values(inputs[8], inputs[1].shape[2])
-    return rel_attention_cpu.forward(*inputs)
+    q, k, key_lengths = inputs[0], inputs[1], inputs[8]
+    _check_length_values(key_lengths, k.shape[2])
+    out, lse = _fake_forward(q)
+    _C.rel_attention_forward_cpu(_problem(*inputs), _heads(out), lse.data_ptr())
+    return out, lse
 
 
 @BACKWARD.implement("native")
-def _backward_native(*inputs):
-    return rel_attention_cpu.backward(*inputs)
+def _backward_native(grad, *inputs):
+    *tensors, out, lse, left, right, scale, dropout_p = inputs
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    problem = _problem(*tensors, left, right, scale, dropout_p)
+    gradients = _fake_backward(grad, *tensors)
+    dq, dk, dv, dr, d_content_bias, d_position_bias, dk_memory, dv_memory = gradients
+    heads, positions, width = tensors[3].shape
+    # One summand for each part of the batch, in rows of r and one for each bias, padded to whole vectors.
+    padded = -(-width // 16) * 16
+    d_shared = lse.new_empty(_C.rel_attention_parts_cpu(problem), heads, positions + 2, padded)
+    d_heads = tuple(_heads(x) for x in (dq, dk, dv, dk_memory, dv_memory))
+    _C.rel_attention_backward_cpu(problem, _heads(grad), lse.data_ptr(), d_heads, d_shared.data_ptr())
+    d_shared = d_shared.sum(0)[..., :width]
+    for x, total in zip((dr, d_content_bias, d_position_bias), d_shared.split((positions, 1, 1), 1), strict=True):
+        x.copy_(total.squeeze(1) if x.dim() == 2 else total)
+    return gradients
 
 
 class RelAttention(torch.autograd.Function):
