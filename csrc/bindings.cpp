@@ -74,14 +74,17 @@ PYBIND11_MODULE(_C, m) {
                                 at(y[0]), at(y[1]), at<const int64_t>(y[2]), at<const int64_t>(y[3]),
                                 n[0], n[1], n[2], n[3], n[4], n[5], n[6], left, right, scale, dropout_p, DType(dtype)};
         }));
-    m.def("rel_attention_forward_cpu", [](const RelAttention& p, HeadsTuple out, Address lse) {
-        CPU(rel_attention_forward)(p, heads(out), at(lse));
+    m.def("rel_attention_cut_cpu", [](const RelAttention& p, bool backward) {
+        RelAttentionCut cut = CPU(rel_attention_cut)(p, backward);
+        return std::make_tuple(cut.threads, cut.workspace, cut.parts);
+    });
+    m.def("rel_attention_forward_cpu", [](const RelAttention& p, int64_t threads, Address workspace, HeadsTuple out, Address lse) {
+        CPU(rel_attention_forward)(p, threads, at(workspace), heads(out), at(lse));
     }, nogil());
-    m.def("rel_attention_parts_cpu", [](const RelAttention& p) { return CPU(rel_attention_parts)(p); });
-    m.def("rel_attention_backward_cpu", [](const RelAttention& p, HeadsTuple grad, Address lse, std::array<HeadsTuple, 5> d,
-                                           Address d_shared) {
-        CPU(rel_attention_backward)(p, heads(grad), at(lse), heads(d[0]), heads(d[1]), heads(d[2]), heads(d[3]), heads(d[4]),
-                                    at(d_shared));
+    m.def("rel_attention_backward_cpu", [](const RelAttention& p, int64_t threads, Address workspace, HeadsTuple grad, Address lse,
+                                           HeadsTuple dq, std::array<HeadsTuple, 4> d, Address d_shared) {
+        const Heads d_keys_values[] = {heads(d[0]), heads(d[1]), heads(d[2]), heads(d[3])};
+        CPU(rel_attention_backward)(p, threads, at(workspace), heads(grad), at(lse), heads(dq), d_keys_values, at(d_shared));
     }, nogil());
 #if PAR_XL_CUDA
     m.def("ar_tar_parts_cuda", &cuda::ar_tar_parts);

@@ -39,6 +39,11 @@ struct RelAttention {
     DType dtype;
 };
 
+// How the C++ kernels cut a call: threads, elements of workspace for each, and parts that the batch is dealt into.
+struct RelAttentionCut {
+    int64_t threads, workspace, parts;
+};
+
 }  // namespace par_xl
 
 // C++ kernels are compiled once per instruction set, each copy in a namespace of its own.
@@ -48,12 +53,12 @@ struct RelAttention {
     int64_t ar_tar_parts(const ArTar& p);                                                      \
     void ar_tar_forward(const ArTar& p, double alpha, double beta, double* partial_sums, void* loss, void* scale); \
     void ar_tar_backward(const ArTar& p, const void* grad, const void* scale, Rows d_output, Rows d_raw); \
-    void rel_attention_forward(const RelAttention& p, Heads out, void* lse);                   \
-    /* d_shared: see rel_attention_parts */                                                    \
-    void rel_attention_backward(const RelAttention& p, Heads grad, const void* lse, Heads dq, Heads dk, Heads dv, \
-                                Heads dk_memory, Heads dv_memory, void* d_shared);             \
-    /* d_shared is (parts, heads, positions + 2, width padded to 16): gradients of r and of both biases, to be summed */ \
-    int64_t rel_attention_parts(const RelAttention& p);
+    RelAttentionCut rel_attention_cut(const RelAttention& p, bool backward);                   \
+    void rel_attention_forward(const RelAttention& p, int64_t threads, void* workspace, Heads out, void* lse); \
+    /* d_keys_values: those of k, v, k_memory, v_memory. d_shared is (parts, heads, positions + 2, width padded to 16): \
+       gradients of r and, in two more rows, of the biases, to be summed over the parts */     \
+    void rel_attention_backward(const RelAttention& p, int64_t threads, void* workspace, Heads grad, const void* lse, \
+                                Heads dq, const Heads* d_keys_values, void* d_shared);
 
 namespace par_xl::base { PAR_XL_CPU_KERNELS }
 #if PAR_XL_X86

@@ -11,7 +11,6 @@
 //
 // Work is cut by shape alone and a head's sums have one order, so the bits do not depend on the number of threads.
 #include <limits>
-#include <memory>
 
 #include "elementary.h"
 #include "matmul.h"
@@ -157,33 +156,41 @@ class Worker {
     using T = acc_t<X>;
     const RelAttention& p;
     const Plan<T> plan;
-    std::unique_ptr<T[]> memory;
     T *key_t, *value_t, *r_t, *key, *value, *r, *d_key, *d_value;             // (n, width), and transposed
     T *content_q, *position_q, *d_out, *content_out, *position_out, *factor;  // (rows, width); factor (rows)
     T *scores, *d_scores;                                                     // row 0, column 0
 
-public:
-    Worker(const RelAttention& p, bool backward) : p(p), plan(p, backward ? 2 : 1) {
+    // Cuts a thread's workspace; returns its size.
+    int64_t cut(T* workspace, bool backward) {
         const int64_t keys = round_up(plan.n_keys, panel<T>) * plan.width, block = plan.rows * plan.width;
         const int64_t positions = round_up(plan.used_positions, panel<T>) * plan.width;
         int64_t size = 0;
-        auto cut = [&](T*& x, int64_t n, int64_t margin = 0) {
-            x = memory.get() + size + margin;
+        auto take = [&](T*& x, int64_t n, int64_t margin = 0) {
+            x = workspace + size + margin;
             size += round_up(n, 16);
         };
-        for (int pass = 0; pass < 2; ++pass) {  // the first one counts
-            if (pass) memory.reset(new T[size]);
-            size = 0;
-            for (T** x : {&key_t, &value}) cut(*x, keys);
-            for (T** x : {&content_q, &position_q, &content_out, &factor}) cut(*x, block);
-            cut(r_t, positions);
-            cut(scores, plan.scores, plan.margin());
-            if (!backward) continue;
-            for (T** x : {&value_t, &key, &d_key, &d_value}) cut(*x, keys);
-            for (T** x : {&d_out, &position_out}) cut(*x, block);
-            cut(r, positions);
-            cut(d_scores, plan.scores, plan.margin());
+        for (T** x : {&content_q, &position_q, &content_out, &factor}) take(*x, block);
+        for (T** x : {&key_t, backward ? &value_t : &value}) take(*x, keys);
+        take(r_t, positions);
+        take(scores, plan.scores, plan.margin());
+        if (backward) {
+            for (T** x : {&key, &d_key, &d_value}) take(*x, keys);
+            for (T** x : {&d_out, &position_out}) take(*x, block);
+            take(r, positions);
+            take(d_scores, plan.scores, plan.margin());
         }
+        return size;
+    }
+
+public:
+    Worker(const RelAttention& p, bool backward, void* workspace, int64_t thread = 0) : p(p), plan(p, backward ? 2 : 1) {
+        T* start = static_cast<T*>(workspace);
+        const int64_t size = cut(start, backward);
+        cut(start + thread * size, backward);
+    }
+    static int64_t workspace(const RelAttention& p, bool backward) {
+        Worker worker(p, backward, nullptr);
+        return worker.cut(nullptr, backward);
     }
 
     // The sequences of a part, for one head.
@@ -355,12 +362,11 @@ private:
 
 // Calls f(worker, part, head) for each unit of work.
 template <class X, class F>
-void for_each_unit(const RelAttention& p, bool backward, F&& f) {
-    const int64_t parts = Plan<acc_t<X>>(p, 1).parts(), count = parts * p.heads;
-    const int64_t bytes = p.batch * p.heads * p.queries * (p.memory + p.keys) * 8;
-#pragma omp parallel num_threads(min(threads_for(bytes), max(1, count)))
+void for_each_unit(const RelAttention& p, bool backward, int64_t threads, void* workspace, F&& f) {
+    const int64_t count = Plan<acc_t<X>>(p, 1).parts() * p.heads;
+#pragma omp parallel num_threads(threads)
     {
-        Worker<X> worker(p, backward);
+        Worker<X> worker(p, backward, workspace, omp_get_thread_num());
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; ++i) f(worker, i / p.heads, i % p.heads);
     }
@@ -368,27 +374,31 @@ void for_each_unit(const RelAttention& p, bool backward, F&& f) {
 
 }  // namespace
 
-int64_t rel_attention_parts(const RelAttention& p) { return Plan<float>(p, 1).parts(); }
+RelAttentionCut rel_attention_cut(const RelAttention& p, bool backward) {
+    const int64_t parts = Plan<float>(p, 1).parts(), bytes = p.batch * p.heads * p.queries * (p.memory + p.keys) * 8;
+    RelAttentionCut cut{max(1, min(threads_for(bytes), parts * p.heads)), 0, parts};
+    dispatch(p.dtype, [&](auto storage) { cut.workspace = Worker<decltype(storage)>::workspace(p, backward); });
+    return cut;
+}
 
-void rel_attention_forward(const RelAttention& p, Heads out, void* lse) {
+void rel_attention_forward(const RelAttention& p, int64_t threads, void* workspace, Heads out, void* lse) {
     dispatch(p.dtype, [&](auto storage) {
         using X = decltype(storage);
-        for_each_unit<X>(p, false, [&](Worker<X>& worker, int64_t part, int64_t h) {
+        for_each_unit<X>(p, false, threads, workspace, [&](Worker<X>& worker, int64_t part, int64_t h) {
             worker.forward(part, h, out, static_cast<acc_t<X>*>(lse));
         });
     });
 }
 
-void rel_attention_backward(const RelAttention& p, Heads grad, const void* lse, Heads dq, Heads dk, Heads dv, Heads dk_memory,
-                            Heads dv_memory, void* d_shared) {
-    const Heads d[] = {dk, dv, dk_memory, dv_memory};
+void rel_attention_backward(const RelAttention& p, int64_t threads, void* workspace, Heads grad, const void* lse, Heads dq,
+                            const Heads* d_keys_values, void* d_shared) {
     dispatch(p.dtype, [&](auto storage) {
         using X = decltype(storage);
         using T = acc_t<X>;
         const int64_t size = (p.positions + 2) * round_up(p.width, 16);
-        for_each_unit<X>(p, true, [&](Worker<X>& worker, int64_t part, int64_t h) {
+        for_each_unit<X>(p, true, threads, workspace, [&](Worker<X>& worker, int64_t part, int64_t h) {
             T* d_unit = static_cast<T*>(d_shared) + (part * p.heads + h) * size;
-            worker.backward(part, h, grad, static_cast<const T*>(lse), dq, d, d_unit);
+            worker.backward(part, h, grad, static_cast<const T*>(lse), dq, d_keys_values, d_unit);
         });
     });
 }

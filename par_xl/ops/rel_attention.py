@@ -128,42 +128,46 @@ def _heads(x: Tensor | None) -> tuple[int, int, int, int]:
 
 def _problem(
     q, k, v, r, content_bias, position_bias, k_memory, v_memory, key_lengths, seed, left, right, scale, dropout_p
-):  # fmt: skip
+):
+    tensors = tuple(_heads(x) for x in (q, k, v, r[None], k_memory, v_memory))
+    addresses = tuple(0 if x is None else x.data_ptr() for x in (content_bias, position_bias, key_lengths, seed))
     batch, heads, queries, width = q.shape
     memory = 0 if k_memory is None else k_memory.shape[2]
-    addresses = (0 if x is None else x.data_ptr() for x in (content_bias, position_bias, key_lengths, seed))
     sizes = batch, heads, queries, k.shape[2], memory, r.shape[1], width
-    tensors = (_heads(x) for x in (q, k, v, r[None], k_memory, v_memory))
-    return _C.RelAttention(
-        tuple(tensors), tuple(addresses), sizes, left, right, scale, dropout_p, DTYPES[q.dtype]
-    )  # fmt: skip
+    return _C.RelAttention(tensors, addresses, sizes, left, right, scale, dropout_p, DTYPES[q.dtype])
 
 
 @FORWARD.implement("native")
 def _forward_native(*inputs):
     q, k, key_lengths = inputs[0], inputs[1], inputs[8]
     _check_length_values(key_lengths, k.shape[2])
+    problem = _problem(*inputs)
     out, lse = _fake_forward(q)
-    _C.rel_attention_forward_cpu(_problem(*inputs), _heads(out), lse.data_ptr())
+    threads, size, _ = _C.rel_attention_cut_cpu(problem, False)
+    workspace = lse.new_empty(threads, size)
+    _C.rel_attention_forward_cpu(problem, threads, workspace.data_ptr(), _heads(out), lse.data_ptr())
     return out, lse
 
 
 @BACKWARD.implement("native")
 def _backward_native(grad, *inputs):
-    *tensors, out, lse, left, right, scale, dropout_p = inputs
+    *tensors, _, lse, left, right, scale, dropout_p = inputs
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     problem = _problem(*tensors, left, right, scale, dropout_p)
     gradients = _fake_backward(grad, *tensors)
     dq, dk, dv, dr, d_content_bias, d_position_bias, dk_memory, dv_memory = gradients
-    heads, positions, width = tensors[3].shape
-    # One summand for each part of the batch, in rows of r and one for each bias, padded to whole vectors.
-    padded = -(-width // 16) * 16
-    d_shared = lse.new_empty(_C.rel_attention_parts_cpu(problem), heads, positions + 2, padded)
-    d_heads = tuple(_heads(x) for x in (dq, dk, dv, dk_memory, dv_memory))
-    _C.rel_attention_backward_cpu(problem, _heads(grad), lse.data_ptr(), d_heads, d_shared.data_ptr())
-    d_shared = d_shared.sum(0)[..., :width]
-    for x, total in zip((dr, d_content_bias, d_position_bias), d_shared.split((positions, 1, 1), 1), strict=True):
-        x.copy_(total.squeeze(1) if x.dim() == 2 else total)
+    threads, size, parts = _C.rel_attention_cut_cpu(problem, True)
+    workspace = lse.new_empty(threads, size)
+    heads, positions, width = dr.shape
+    d_shared = lse.new_empty(parts, heads, positions + 2, -(-width // 16) * 16)
+    d_keys_values = tuple(_heads(x) for x in (dk, dv, dk_memory, dv_memory))
+    _C.rel_attention_backward_cpu(
+        problem, threads, workspace.data_ptr(), _heads(grad), lse.data_ptr(), _heads(dq), d_keys_values, d_shared.data_ptr()
+    )  # fmt: skip
+    total = (d_shared.sum(0) if parts > 1 else d_shared[0])[..., :width]
+    dr.copy_(total[:, :positions])
+    d_content_bias.copy_(total[:, positions])
+    d_position_bias.copy_(total[:, positions + 1])
     return gradients
 
 
