@@ -57,8 +57,8 @@ struct RelAttentionCut {
     void rel_attention_forward(const RelAttention& p, int64_t threads, void* workspace, Heads out, void* lse); \
     /* d_keys_values: those of k, v, k_memory, v_memory. d_shared is (parts, heads, positions + 2, width padded to 16): \
        gradients of r and, in two more rows, of the biases, to be summed over the parts */     \
-    void rel_attention_backward(const RelAttention& p, int64_t threads, void* workspace, Heads grad, const void* lse, \
-                                Heads dq, const Heads* d_keys_values, void* d_shared);
+    void rel_attention_backward(const RelAttention& p, int64_t threads, void* workspace, Heads grad, Heads dq, \
+                                const Heads* d_keys_values, void* d_shared);
 
 namespace par_xl::base { PAR_XL_CPU_KERNELS }
 #if PAR_XL_X86

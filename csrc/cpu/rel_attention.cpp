@@ -5,9 +5,9 @@
 // stored with a row pitch one larger than that of the scores, falls on the scores it belongs to. The same view of the
 // gradients of the scores is the gradient of the position product. Rows have margins for what lies outside of the scores.
 //
-//     scores = content_q k^T + position_q r^T               content_q, position_q: (q + bias) * scale
-//     forward:   W = exp(scores - max), out = W v / sum
-//     backward:  W = exp(scores - lse), dW = grad v^T, dS = W * (dW - sum(W dW)), and one product for each gradient
+//     products = content_q k^T + position_q r^T                     content_q, position_q: q + bias
+//     forward:   W = exp(scale * (products - max)), out = W v / sum
+//     backward:  W again, dW = grad v^T, dS = W * (dW - sum(W dW)), and one product for each gradient
 //
 // Work is cut by shape alone and a head's sums have one order, so the bits do not depend on the number of threads.
 #include <limits>
@@ -98,26 +98,19 @@ struct Plan {
     int64_t first_sequence(int64_t part) const { return part * p.batch / parts(); }
 };
 
-// Scores of a row to exp(score - max), 0 where invisible. Returns 1 / sum (0 for an empty row) and lse.
+// Products of a row to weights exp(scale * (product - max)). Returns 1 / sum of them (0 for an empty row), and lse.
 template <class T>
-PAR_XL_INLINE T softmax_row(T* score, const Span& s, T& lse) {
+PAR_XL_INLINE T softmax_row(T* score, const Span& s, T scale, T& lse) {
     T largest = -std::numeric_limits<T>::infinity(), sum = 0;
 #pragma omp simd reduction(max : largest)
     for (int64_t c = s.begin; c < s.end; ++c) largest = score[c] > largest ? score[c] : largest;
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = s.begin; c < s.end; ++c) {
-        score[c] = exponential(score[c] - largest);
+        score[c] = exponential((score[c] - largest) * scale);
         sum += score[c];
     }
-    lse = s.begin < s.end ? largest + std::log(sum) : largest;
+    lse = s.begin < s.end ? largest * scale + std::log(sum) : -std::numeric_limits<T>::infinity();
     return s.begin < s.end ? 1 / sum : 0;
-}
-
-// Scores of a row to weights, by its lse.
-template <class T>
-PAR_XL_INLINE void weigh_row(T* score, const Span& s, T lse) {
-#pragma omp simd
-    for (int64_t c = s.begin; c < s.end; ++c) score[c] = exponential(score[c] - lse);
 }
 
 // Turns the sign of the weights that dropout drops. (A weight of 0 has none to turn, and makes no difference.)
@@ -127,20 +120,21 @@ PAR_XL_INLINE void mark_dropped(T* weight, const Span& s, uint64_t seed, uint64_
     for (int64_t c = s.begin; c < s.end; ++c) weight[c] = uniform(seed, offset + c) >= dropout_p ? weight[c] : -weight[c];
 }
 
-// Weights, dropped ones negative, to what dropout leaves of them; d_weights to the gradients of the scores.
+// weight <- W, what dropout leaves of weight * factor (dropped ones are negative); d_weight <- scale * dS
 template <class T>
-PAR_XL_INLINE void differentiate_row(T* weight, T* d_weight, const Span& s, T kept) {
+PAR_XL_INLINE void differentiate_row(T* weight, T* d_weight, const Span& s, T factor, T kept, T scale) {
     T delta = 0;
 #pragma omp simd reduction(+ : delta)
     for (int64_t c = s.begin; c < s.end; ++c) {
-        T left = weight[c] < 0 ? 0 : weight[c] * kept;
-        delta += left * d_weight[c];
+        weight[c] *= factor;
+        d_weight[c] = weight[c] < 0 ? 0 : d_weight[c] * kept;
+        delta += weight[c] * d_weight[c];
     }
 #pragma omp simd
     for (int64_t c = s.begin; c < s.end; ++c) {
-        T w = weight[c], left = w < 0 ? 0 : w * kept;
-        d_weight[c] = left * d_weight[c] - (w < 0 ? -w : w) * delta;
-        weight[c] = left;
+        T w = weight[c];
+        d_weight[c] = (w < 0 ? -w : w) * (d_weight[c] - delta) * scale;
+        weight[c] = w < 0 ? 0 : w * kept;
     }
 }
 
@@ -211,7 +205,7 @@ public:
     }
 
     // The same; d_shared is this unit's, (positions + 2, width).
-    void backward(int64_t part, int64_t h, const Heads& grad, const T* lse, const Heads& dq, const Heads* d, T* d_shared) {
+    void backward(int64_t part, int64_t h, const Heads& grad, const Heads& dq, const Heads* d, T* d_shared) {
         pack_positions(h, true);
         memset(d_shared, 0, (p.positions + 2) * plan.width * sizeof(T));
         for (int64_t b = plan.first_sequence(part); b < plan.first_sequence(part + 1); ++b) {
@@ -221,7 +215,7 @@ public:
             pack_keys(p.v_memory, p.v, b, h, nullptr, value_t);
             for (T* x : {d_key, d_value}) memset(x, 0, plan.n_keys * plan.width * sizeof(T));
             for (int64_t i = plan.first_row(); i < plan.end_row(b); i += plan.rows)
-                backward_block(plan.block(b, i), b, h, grad, lse + (b * p.heads + h) * p.queries + i, dq, d_shared);
+                backward_block(plan.block(b, i), b, h, grad, dq, d_shared);
             unpack(d_key, d[0], b, h, p.keys, p.memory);
             unpack(d_value, d[1], b, h, p.keys, p.memory);
             unpack(d_key, d[2], b, h, p.memory, 0);
@@ -235,7 +229,7 @@ private:
         for (int64_t a = 0; a < x.rows; ++a) {
             const Span s = plan.span(x, a);
             T* row = scores + a * x.pitch;
-            factor[a] = softmax_row(row, s, lse[a]) / T(1 - p.dropout_p);
+            factor[a] = softmax_row(row, s, T(p.scale), lse[a]) / T(1 - p.dropout_p);
             if (p.dropout_p > 0) {
                 mark_dropped(row, s, uint64_t(*p.seed), offset(x, b, h, a), float(p.dropout_p));
 #pragma omp simd
@@ -250,7 +244,7 @@ private:
         }
     }
 
-    void backward_block(const Block& x, int64_t b, int64_t h, const Heads& grad, const T* lse, const Heads& dq, T* d_shared) {
+    void backward_block(const Block& x, int64_t b, int64_t h, const Heads& grad, const Heads& dq, T* d_shared) {
         const T kept = T(1 / (1 - p.dropout_p));
         multiply_scores(x, b, h);
         pack(grad, b, h, x.begin, x.rows, d_out);
@@ -258,9 +252,10 @@ private:
         for (int64_t a = 0; a < x.rows; ++a) {
             const Span s = plan.span(x, a);
             T *row = scores + a * x.pitch, *d_row = d_scores + a * x.pitch;
-            weigh_row(row, s, lse[a]);
+            T lse;  // not the one saved, whose rounding would be an error common to the row
+            const T once = softmax_row(row, s, T(p.scale), lse);
             if (p.dropout_p > 0) mark_dropped(row, s, uint64_t(*p.seed), offset(x, b, h, a), float(p.dropout_p));
-            differentiate_row(row, d_row, s, kept);
+            differentiate_row(row, d_row, s, once, kept, T(p.scale));
             zero_invisible(row, s);
             zero_invisible(d_row, s);
         }
@@ -271,19 +266,23 @@ private:
         multiply(n_keys, plan.width, x.rows, scores + key, 1, x.pitch, rows(d_out), d_value + x.first_key * plan.width, plan.width, true);
         multiply(n_keys, plan.width, x.rows, d_scores + key, 1, x.pitch, rows(content_q), d_key + x.first_key * plan.width, plan.width, true);
         multiply(n_positions, plan.width, x.rows, d_positions, 1, x.pitch + 1, rows(position_q), d_shared + x.first_position * plan.width, plan.width, true);
-        // dq = scale * (dS k + dS r)
+        // dq = dS k + dS r
         multiply_by_keys(x, d_scores, this->key, content_out);
         multiply(x.rows, plan.width, n_positions, d_positions, x.pitch + 1, 1, rows(r + x.first_position * plan.width), position_out, plan.width, false);
-        T *d_content = d_shared + p.positions * plan.width, *d_position = d_content + plan.width;
         for (int64_t a = 0; a < x.rows; ++a) {
             X* to = at<X>(dq, b, h, x.begin + a);
-            for (int64_t d = 0; d < p.width; ++d) {
-                const T content = content_out[a * plan.width + d] * T(p.scale), position = position_out[a * plan.width + d] * T(p.scale);
-                d_content[d] += content;
-                d_position[d] += position;
-                to[d] = store<X>(content + position);
-            }
+            for (int64_t d = 0; d < p.width; ++d)
+                to[d] = store<X>(content_out[a * plan.width + d] + position_out[a * plan.width + d]);
         }
+        add_rows(x.rows, content_out, d_shared + p.positions * plan.width);
+        add_rows(x.rows, position_out, d_shared + (p.positions + 1) * plan.width);
+    }
+
+    // to += the sum of the rows of x, which is left in its first one: one rounding into `to` for each block
+    void add_rows(int64_t n, T* x, T* to) const {
+        for (int64_t a = 1; a < n; ++a)
+            for (int64_t d = 0; d < plan.width; ++d) x[d] += x[a * plan.width + d];
+        for (int64_t d = 0; d < plan.width; ++d) to[d] += x[d];
     }
 
     // content_q k^T + position_q r^T of the block's rows
@@ -294,8 +293,8 @@ private:
         for (int64_t a = 0; a < x.rows; ++a)
             for (int64_t d = 0; d < p.width; ++d) {
                 T q = content_q[a * plan.width + d];
-                content_q[a * plan.width + d] = (q + load(content[d])) * T(p.scale);
-                position_q[a * plan.width + d] = (q + load(position[d])) * T(p.scale);
+                content_q[a * plan.width + d] = q + load(content[d]);
+                position_q[a * plan.width + d] = q + load(position[d]);
             }
         multiply(x.rows, x.columns(), p.width, content_q, plan.width, 1, columns(key_t, x.key0), scores, x.pitch, false);
         multiply(x.rows, x.end_position - x.position0, p.width, position_q, plan.width, 1, columns(r_t, x.position0),
@@ -390,7 +389,7 @@ void rel_attention_forward(const RelAttention& p, int64_t threads, void* workspa
     });
 }
 
-void rel_attention_backward(const RelAttention& p, int64_t threads, void* workspace, Heads grad, const void* lse, Heads dq,
+void rel_attention_backward(const RelAttention& p, int64_t threads, void* workspace, Heads grad, Heads dq,
                             const Heads* d_keys_values, void* d_shared) {
     dispatch(p.dtype, [&](auto storage) {
         using X = decltype(storage);
@@ -398,7 +397,7 @@ void rel_attention_backward(const RelAttention& p, int64_t threads, void* worksp
         const int64_t size = (p.positions + 2) * round_up(p.width, 16);
         for_each_unit<X>(p, true, threads, workspace, [&](Worker<X>& worker, int64_t part, int64_t h) {
             T* d_unit = static_cast<T*>(d_shared) + (part * p.heads + h) * size;
-            worker.backward(part, h, grad, static_cast<const T*>(lse), dq, d_keys_values, d_unit);
+            worker.backward(part, h, grad, dq, d_keys_values, d_unit);
         });
     });
 }

@@ -48,13 +48,12 @@ def masked_scores(
     return torch.where(visible[:, None], scores, -torch.inf)
 
 
-def dropout_keep(seed: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
-    """Which elements dropout keeps: ``tl.rand(seed, offset) >= dropout_p`` at the 64-bit contiguous offset.
+def dropout_keep(seed: Tensor, offset: Tensor, dropout_p: float) -> Tensor:
+    """Whether dropout keeps the element at a 64-bit ``offset``, as Triton has it: ``tl.rand(seed, offset) >= dropout_p``.
 
     Philox4x32-10 with the seed as key and the offset as counter (Salmon et al., SC 2011), in int64 arithmetic.
     """
     low = 0xFFFFFFFF
-    offset = torch.arange(torch.Size(shape).numel(), device=seed.device).view(*shape)
     c0, c1, c2, c3 = offset & low, offset >> 32, torch.zeros_like(offset), torch.zeros_like(offset)
     k0, k1 = seed & low, (seed >> 32) & low
     for _ in range(10):
@@ -83,7 +82,8 @@ def rel_attention_reference(
     probabilities = torch.where(real_row, scores, 0.0).softmax(3)
     if dropout_p > 0:
         assert seed is not None
-        keep = dropout_keep(seed, scores.shape, dropout_p)
+        offset = torch.arange(scores.numel(), device=q.device).view(scores.shape)
+        keep = dropout_keep(seed, offset, dropout_p)
         probabilities = torch.where(keep, probabilities / (1 - dropout_p), 0.0)
     v = torch.where(visible.any(2)[..., None], v.to(wide), 0.0)
     out = torch.where(real_row, probabilities @ v, 0.0).to(q.dtype)
@@ -162,8 +162,8 @@ def _backward_native(grad, *inputs):
     d_shared = lse.new_empty(parts, heads, positions + 2, -(-width // 16) * 16)
     d_keys_values = tuple(_heads(x) for x in (dk, dv, dk_memory, dv_memory))
     _C.rel_attention_backward_cpu(
-        problem, threads, workspace.data_ptr(), _heads(grad), lse.data_ptr(), _heads(dq), d_keys_values, d_shared.data_ptr()
-    )  # fmt: skip
+        problem, threads, workspace.data_ptr(), _heads(grad), _heads(dq), d_keys_values, d_shared.data_ptr()
+    )
     total = (d_shared.sum(0) if parts > 1 else d_shared[0])[..., :width]
     dr.copy_(total[:, :positions])
     d_content_bias.copy_(total[:, positions])
@@ -313,13 +313,16 @@ def rel_attention(
         derivative exists on the eager backend alone.
 
     Raises:
-        ValueError: a wrong rank, shape, device, window, length, probability or backend. On a GPU a length outside 0..T
+        ValueError: a wrong rank, shape, device, window, scale, length, probability or backend. On a GPU a length outside 0..T
             gives NaN for its sequence instead.
         TypeError: a dtype that is not floating point, or two different ones.
 
     Source: arXiv 1901.02860 (github.com/kimiyoung/transformer-xl, RelPartialLearnableMultiHeadAttn), arXiv 2005.08100.
     """
     left, right = _limits(causal, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale < 0:
+        raise ValueError(f"scale must not be negative, not {scale}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), not {dropout_p}")
     k_memory, v_memory = (None, None) if memory is None else memory
@@ -333,7 +336,7 @@ def rel_attention(
         _check_key_lengths(key_lengths, q)
         key_lengths = key_lengths.long().contiguous()
     seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
-    options = left, right, q.shape[3] ** -0.5 if scale is None else float(scale), float(dropout_p)
+    options = left, right, scale, float(dropout_p)
     chosen = choose(FORWARD, backend, q)
     tensors = q, k, v, r, content_bias, position_bias, k_memory, v_memory
     if chosen == "eager":
