@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import par_xl
 from par_xl.ops.rel_attention import BACKWARD, FORWARD, UNLIMITED, dropout_keep, masked_scores
@@ -17,7 +16,9 @@ def attention(batch, heads, queries, keys, memory, width, spare=0, **options):
         ahead = queries - 1 if look_ahead is None else min(queries - 1, look_ahead)
         positions = keys + (memory or 0) + ahead + spare
         q, k, v = randn(batch, heads, queries, width), *(randn(batch, heads, keys, width) for _ in range(2))
-        shared = dict(r=randn(heads, positions, width), content_bias=randn(heads, width), position_bias=randn(heads, width))
+        shared = dict(
+            r=randn(heads, positions, width), content_bias=randn(heads, width), position_bias=randn(heads, width)
+        )
         if memory is not None:
             shared["memory"] = tuple(randn(batch, heads, memory, width) for _ in range(2))
         return dict(q=q, k=k, v=v, **shared, **options)
@@ -70,40 +71,83 @@ class TestRelAttention(OpChecks):
         "more-queries": attention(1, 1, 5, 2, None, 2),
     }
     bad_input = {
-        "rank": (dict(q=torch.zeros(2, 3, 4)), ValueError, "q must have 4 dimensions, (B, H, Q, D), not shape (2, 3, 4)"),
+        "rank": (
+            dict(q=torch.zeros(2, 3, 4)),
+            ValueError,
+            "q must have 4 dimensions, (B, H, Q, D), not shape (2, 3, 4)",
+        ),
         "integers": (dict(q=torch.zeros(2, 2, 65, 32).int()), TypeError, "q must be floating point, not torch.int32"),
-        "k shape": (dict(k=torch.zeros(2, 3, 65, 32)), ValueError, "k must have shape (2, 2, any, 32), (B, H, T, D), not"),
+        "k shape": (
+            dict(k=torch.zeros(2, 3, 65, 32)),
+            ValueError,
+            "k must have shape (2, 2, any, 32), (B, H, T, D), not",
+        ),
         "v shape": (dict(v=torch.zeros(2, 2, 64, 32)), ValueError, "v must have shape (2, 2, 65, 32), that of k, not"),
         "v dtype": (dict(v=torch.zeros(2, 2, 65, 32).half()), TypeError, "v must have the dtype of q"),
-        "r shape": (dict(r=torch.zeros(128, 32)), ValueError, "r must have shape (2, any, 32), (H, P, D), not (128, 32)"),
-        "positions": (dict(r=torch.zeros(2, 127, 32)), ValueError, "r must have at least 128 positions for 128 keys, not 127"),
+        "r shape": (
+            dict(r=torch.zeros(128, 32)),
+            ValueError,
+            "r must have shape (2, any, 32), (H, P, D), not (128, 32)",
+        ),
+        "positions": (
+            dict(r=torch.zeros(2, 127, 32)),
+            ValueError,
+            "r must have at least 128 positions for 128 keys, not 127",
+        ),
         "ahead": (dict(causal=False), ValueError, "r must have at least 192 positions for 128 keys, not 128"),
-        "bias": (dict(content_bias=torch.zeros(32)), ValueError, "content_bias must have shape (2, 32), (H, D), not (32,)"),
-        "bias dtype": (dict(position_bias=torch.zeros(2, 32).half()), TypeError, "position_bias must have the dtype of q"),
-        "memory": (dict(memory=(torch.zeros(2, 2, 63, 8),) * 2), ValueError, "memory[0] must have shape (2, 2, any, 32)"),
+        "bias": (
+            dict(content_bias=torch.zeros(32)),
+            ValueError,
+            "content_bias must have shape (2, 32), (H, D), not (32,)",
+        ),
+        "bias dtype": (
+            dict(position_bias=torch.zeros(2, 32).half()),
+            TypeError,
+            "position_bias must have the dtype of q",
+        ),
+        "memory": (
+            dict(memory=(torch.zeros(2, 2, 63, 8),) * 2),
+            ValueError,
+            "memory[0] must have shape (2, 2, any, 32)",
+        ),
         "memories": (
             dict(memory=(torch.zeros(2, 2, 63, 32), torch.zeros(2, 2, 62, 32))),
             ValueError,
             "memory[1] must have shape (2, 2, 63, 32), that of memory[0], not (2, 2, 62, 32)",
         ),
-        "device": (dict(k=torch.zeros(2, 2, 65, 32, device="meta")), ValueError, "k must be on cpu as q is, not on meta"),
-        "window": (dict(window=(-2, 0)), ValueError, "window must be (left, right) with left >= -1 and right >= 0, not (-2, 0)"),
-        "causal window": (dict(window=(4, 4)), ValueError, "window must not look 4 steps to the right when causal is True"),
+        "device": (
+            dict(k=torch.zeros(2, 2, 65, 32, device="meta")),
+            ValueError,
+            "k must be on cpu as q is, not on meta",
+        ),
+        "window": (
+            dict(window=(-2, 0)),
+            ValueError,
+            "window must be (left, right) with left >= -1 and right >= 0, not (-2, 0)",
+        ),
+        "causal window": (
+            dict(window=(4, 4)),
+            ValueError,
+            "window must not look 4 steps to the right when causal is True",
+        ),
         "scale": (dict(scale=-1.0), ValueError, "scale must not be negative, not -1.0"),
         "dropout": (dict(dropout_p=1.0), ValueError, "dropout_p must lie in [0, 1), not 1.0"),
-        "lengths": (dict(key_lengths=lengths(1)), ValueError, "key_lengths must have shape (2,), one for each sequence, not (1,)"),
-        "lengths dtype": (dict(key_lengths=torch.ones(2)), TypeError, "key_lengths must be int32 or int64, not torch.float32"),
+        "lengths": (
+            dict(key_lengths=lengths(1)),
+            ValueError,
+            "key_lengths must have shape (2,), one for each sequence, not (1,)",
+        ),
+        "lengths dtype": (
+            dict(key_lengths=torch.ones(2)),
+            TypeError,
+            "key_lengths must be int32 or int64, not torch.float32",
+        ),
         "lengths device": (
             dict(key_lengths=torch.ones(2, device="meta").long()),
             ValueError,
             "key_lengths must be on cpu as q is, not on meta",
         ),
     }
-
-    def equal_to(self, backend, inputs, wanted_inputs, wanted="native"):
-        """The same bits of outputs and gradients from two calls."""
-        for got, want in zip(run(self.on(backend), inputs), run(self.on(backend), wanted_inputs), strict=True):
-            assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
     @pytest.mark.parametrize("values", [[1, 66], [-1, 3]])
     def test_lengths_outside_the_segment(self, values, backend, device):
@@ -116,7 +160,9 @@ class TestRelAttention(OpChecks):
             with pytest.raises(ValueError, match="between 0 and 65, the keys of the segment, not (66|-1)"):
                 par_xl.rel_attention(**inputs, backend=backend)
 
-    @pytest.mark.parametrize("name", ["memory", "same-length", "lengths", "bidirectional", "past-alone", "more-queries"])
+    @pytest.mark.parametrize(
+        "name", ["memory", "same-length", "lengths", "bidirectional", "past-alone", "more-queries"]
+    )
     def test_lse(self, name, backend, device):
         inputs = make_inputs(self.cases[name], torch.float32, device)
         k_memory, v_memory = inputs.get("memory", (None, None))
@@ -158,7 +204,8 @@ class TestRelAttention(OpChecks):
         dirty["r"][:, : 70 - 1 - 20] = torch.nan
         for x in (*dirty["memory"], *(dirty[n] for n in ("q", "k", "v", "r", "content_bias", "position_bias"))):
             x.requires_grad_()
-        self.equal_to(backend, dirty, clean)
+        for got, want in zip(run(self.on(backend), dirty), run(self.on(backend), clean), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
     def test_low_scores_do_not_let_masked_keys_in(self, backend, device):
         """A mask of -1e4 instead of -inf lets padding win where every real score is lower."""
@@ -290,68 +337,6 @@ class TestRelAttention(OpChecks):
             captured = step()
         graph.replay()
         assert all(torch.equal(x, y) for x, y in zip(captured, expected, strict=True))
-
-
-def shifted(x):
-    """Transformer-XL's ``_rel_shift`` of (B, H, Q, K): pad a column, reshape, drop a row."""
-    batch, heads, queries, keys = x.shape
-    return F.pad(x, (1, 0)).view(batch, heads, keys + 1, queries)[:, :, 1:].reshape(x.shape)
-
-
-def published(q, k, v, r, content_bias, position_bias, mask):
-    """Transformer-XL's attention as published, over memory and segment in one: scores by shift, a mask of what to hide."""
-    content = (q + content_bias[:, None]) @ k.mT
-    score = (content + shifted((q + position_bias[:, None]) @ r.mT)) * q.shape[3] ** -0.5
-    return score.masked_fill(mask, -torch.inf).softmax(3) @ v
-
-
-def split(inputs, memory):
-    """Keys and values of a case without memory, as memory and segment."""
-    k, v = inputs.pop("k"), inputs.pop("v")
-    return {**inputs, "k": k[:, :, memory:], "v": v[:, :, memory:], "memory": (k[:, :, :memory], v[:, :, :memory])}
-
-
-@pytest.mark.parametrize("path", ["eager", "native"])
-class TestPublished:
-    """The shift, the masks and the encoders of the published implementations, written as they write them."""
-
-    def test_language_model(self, path):
-        inputs = make_inputs(attention(2, 3, 7, 12, None, 8), torch.float64, "cpu")
-        wanted = published(**inputs, mask=torch.ones(7, 12, dtype=torch.bool).triu(1 + 5))
-        torch.testing.assert_close(par_xl.rel_attention(**split(inputs, 5), backend=path), wanted)
-
-    @pytest.mark.parametrize("memory", [0, 3, 6])
-    def test_same_length_in_pytorch(self, memory, path):
-        """kimiyoung/transformer-xl, pytorch/mem_transformer.py: the window is [0, mem_len)."""
-        mem_len, queries = 6, 8
-        inputs = make_inputs(attention(1, 2, queries, queries + memory, None, 4), torch.float64, "cpu")
-        ones = torch.ones(queries, queries + memory)
-        mask_len = queries + memory - mem_len
-        shift = queries - mask_len if mask_len > 0 else queries
-        mask = (ones.triu(1 + memory) + ones.tril(-shift)).bool()
-        wanted = published(**inputs, mask=mask)
-        out = par_xl.rel_attention(**split(inputs, memory), window=(mem_len - 1, 0), backend=path)
-        torch.testing.assert_close(out, wanted)
-
-    def test_same_length_in_tensorflow(self, path):
-        """kimiyoung/transformer-xl, tf/model.py ``_create_mask``: mem_len + 1 keys are visible."""
-        memory = queries = 6
-        inputs = make_inputs(attention(1, 2, queries, queries + memory, None, 4), torch.float64, "cpu")
-        ones = torch.ones(queries, queries)
-        future = torch.cat((torch.zeros(queries, memory), ones.triu(1)), 1)
-        mask = torch.cat((future[:, :queries] + ones.tril(-1), future[:, queries:]), 1).bool()
-        wanted = published(**inputs, mask=mask)
-        out = par_xl.rel_attention(**split(inputs, memory), window=(memory, 0), backend=path)
-        torch.testing.assert_close(out, wanted)
-
-    def test_conformer(self, path):
-        """ESPnet's and NeMo's encoder: 2T - 1 positions, of which the shift keeps the first T."""
-        time = 9
-        inputs = make_inputs(attention(2, 2, time, time, None, 4, causal=False), torch.float64, "cpu")
-        q, k, v, r, u, w = (inputs[n] for n in ("q", "k", "v", "r", "content_bias", "position_bias"))
-        position = shifted((q + w[:, None]) @ r.mT)[..., :time]
-        wanted = (((q + u[:, None]) @ k.mT + position) * 0.5).softmax(3) @ v
-        torch.testing.assert_close(par_xl.rel_attention(**inputs, backend=path), wanted)
 
 
 def test_gradients_of_an_absent_memory_are_empty():

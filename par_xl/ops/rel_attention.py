@@ -14,6 +14,7 @@ Dai et al.: Transformer-XL (arXiv 1901.02860); Gulati et al.: Conformer (arXiv 2
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def masked_scores(
 
 
 def dropout_keep(seed: Tensor, offset: Tensor, dropout_p: float) -> Tensor:
-    """Whether dropout keeps the element at a 64-bit ``offset``, as Triton has it: ``tl.rand(seed, offset) >= dropout_p``.
+    """Whether dropout keeps the element at a 64-bit ``offset``, as Triton does: ``tl.rand(seed, offset) >= dropout_p``.
 
     Philox4x32-10 with the seed as key and the offset as counter (Salmon et al., SC 2011), in int64 arithmetic.
     """
@@ -70,13 +71,12 @@ def rel_attention_reference(
     left: int, right: int, scale: float, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """The specification, in plain PyTorch on any device: fp32 arithmetic (fp64 for fp64), rounded once to q's dtype."""
-    wide = _wide(q)
-    n_memory = 0
+    dtype, wide, n_memory = q.dtype, _wide(q), 0
     if k_memory is not None and v_memory is not None:
         n_memory = k_memory.shape[2]
         k, v = torch.cat((k_memory, k), 2), torch.cat((v_memory, v), 2)
-    wide_inputs = (x.to(wide) for x in (q, k, r, content_bias, position_bias))
-    scores = masked_scores(*wide_inputs, key_lengths, n_memory, left, right, scale)
+    q, k, v, r, content_bias, position_bias = (x.to(wide) for x in (q, k, v, r, content_bias, position_bias))
+    scores = masked_scores(q, k, r, content_bias, position_bias, key_lengths, n_memory, left, right, scale)
     visible = scores.detach() != -torch.inf
     real_row = visible.any(3, keepdim=True)
     probabilities = torch.where(real_row, scores, 0.0).softmax(3)
@@ -85,8 +85,8 @@ def rel_attention_reference(
         offset = torch.arange(scores.numel(), device=q.device).view(scores.shape)
         keep = dropout_keep(seed, offset, dropout_p)
         probabilities = torch.where(keep, probabilities / (1 - dropout_p), 0.0)
-    v = torch.where(visible.any(2)[..., None], v.to(wide), 0.0)
-    out = torch.where(real_row, probabilities @ v, 0.0).to(q.dtype)
+    v = torch.where(visible.any(2)[..., None], v, 0.0)
+    out = torch.where(real_row, probabilities @ v, 0.0).to(dtype)
     if key_lengths is not None:  # what a GPU can do about a bad length without a synchronisation
         bad = (key_lengths < 0) | (key_lengths > k.shape[2] - n_memory)
         out = torch.where(bad[:, None, None, None], torch.nan, out)
@@ -122,19 +122,19 @@ BACKWARD = Op(
 )
 
 
-def _heads(x: Tensor | None) -> tuple[int, int, int, int]:
+def _heads(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if x is None or x.numel() == 0 else (x.data_ptr(), *x.stride()[:3])
 
 
-def _problem(
-    q, k, v, r, content_bias, position_bias, k_memory, v_memory, key_lengths, seed, left, right, scale, dropout_p
-):
+def _problem(*inputs: Any) -> Any:
+    """What the C++ and CUDA kernels need to know of a call, from the registered op's inputs."""
+    q, k, v, r, content_bias, position_bias, k_memory, v_memory, key_lengths, seed, *options = inputs
     tensors = tuple(_heads(x) for x in (q, k, v, r[None], k_memory, v_memory))
     addresses = tuple(0 if x is None else x.data_ptr() for x in (content_bias, position_bias, key_lengths, seed))
     batch, heads, queries, width = q.shape
     memory = 0 if k_memory is None else k_memory.shape[2]
     sizes = batch, heads, queries, k.shape[2], memory, r.shape[1], width
-    return _C.RelAttention(tensors, addresses, sizes, left, right, scale, dropout_p, DTYPES[q.dtype])
+    return _C.RelAttention(tensors, addresses, sizes, *options, DTYPES[q.dtype])
 
 
 @FORWARD.implement("native")
@@ -151,14 +151,15 @@ def _forward_native(*inputs):
 
 @BACKWARD.implement("native")
 def _backward_native(grad, *inputs):
-    *tensors, _, lse, left, right, scale, dropout_p = inputs
+    tensors, lse, options = inputs[:10], inputs[11], inputs[12:]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    problem = _problem(*tensors, left, right, scale, dropout_p)
+    problem = _problem(*tensors, *options)
     gradients = _fake_backward(grad, *tensors)
     dq, dk, dv, dr, d_content_bias, d_position_bias, dk_memory, dv_memory = gradients
     threads, size, parts = _C.rel_attention_cut_cpu(problem, True)
     workspace = lse.new_empty(threads, size)
     heads, positions, width = dr.shape
+    # Of r, with a row more for each bias: one summand for each part of the batch.
     d_shared = lse.new_empty(parts, heads, positions + 2, -(-width // 16) * 16)
     d_keys_values = tuple(_heads(x) for x in (dk, dv, dk_memory, dv_memory))
     _C.rel_attention_backward_cpu(
@@ -224,7 +225,7 @@ def _bias(name: str, bias: Tensor | None, q: Tensor) -> Tensor:
     if bias.dtype == torch.float32:  # a parameter under autocast
         bias = bias.to(q.dtype)
     _check_tensor(name, bias, q, (q.shape[1], q.shape[3]), "(H, D)")
-    return bias
+    return bias.contiguous()
 
 
 def _check_key_lengths(key_lengths: Tensor, q: Tensor) -> None:
@@ -313,8 +314,8 @@ def rel_attention(
         derivative exists on the eager backend alone.
 
     Raises:
-        ValueError: a wrong rank, shape, device, window, scale, length, probability or backend. On a GPU a length outside 0..T
-            gives NaN for its sequence instead.
+        ValueError: a wrong rank, shape, device, window, scale, length, probability or backend. On a GPU a length
+            outside 0..T gives NaN for its sequence instead.
         TypeError: a dtype that is not floating point, or two different ones.
 
     Source: arXiv 1901.02860 (github.com/kimiyoung/transformer-xl, RelPartialLearnableMultiHeadAttn), arXiv 2005.08100.
@@ -338,9 +339,9 @@ def rel_attention(
     seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
     options = left, right, scale, float(dropout_p)
     chosen = choose(FORWARD, backend, q)
-    tensors = q, k, v, r, content_bias, position_bias, k_memory, v_memory
+    given = q, k, v, r, content_bias, position_bias, k_memory, v_memory
     if chosen == "eager":
         _check_length_values(key_lengths, k.shape[2])
-        return rel_attention_reference(*tensors, key_lengths, seed, *options)
-    tensors = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
+        return rel_attention_reference(*given, key_lengths, seed, *options)
+    tensors = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in given)
     return RelAttention.apply(*tensors, key_lengths, seed, *options, chosen)
