@@ -5,6 +5,8 @@ recomputed, 16 D backward. The first candidate is the best eager layout (NVIDIA'
 no positions at all and is the floor of what the op could take.
 """
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,8 +59,16 @@ def sdpa_mask(q, k, v, r, u, w, k_memory, v_memory):
     return F.scaled_dot_product_attention(q + u[:, None], k, v, attn_mask=mask)
 
 
+@cache
+def causal_blocks(queries, keys, device):
+    return create_block_mask(lambda b, h, i, j: j <= i + keys - queries, None, None, queries, keys, device=device)
+
+
+compiled_flex = torch.compile(flex_attention, dynamic=False)
+
+
 def flex(q, k, v, r, u, w, k_memory, v_memory):
-    """FlexAttention with captured position scores. Its captures have no gradient on the CPU."""
+    """FlexAttention with captured position scores, which must be a tensor in memory. On the CPU it has no backward."""
     k, v = joined(k, v, k_memory, v_memory)
     queries, keys = q.shape[2], k.shape[2]
     raw = (q + w[:, None]) @ r.mT * q.shape[3] ** -0.5
@@ -66,8 +76,8 @@ def flex(q, k, v, r, u, w, k_memory, v_memory):
     def add_position(score, b, h, i, j):
         return score + raw[b, h, i, (j - i + queries - 1).clamp(max=keys - 1)]
 
-    mask = create_block_mask(lambda b, h, i, j: j <= i + keys - queries, None, None, queries, keys, device=q.device)
-    return flex_attention(q + u[:, None], k, v, score_mod=add_position, block_mask=mask)
+    mask = causal_blocks(queries, keys, q.device)
+    return compiled_flex(q + u[:, None], k, v, score_mod=add_position, block_mask=mask)
 
 
 def plain_sdpa(q, k, v, r, u, w, k_memory, v_memory):
@@ -112,7 +122,7 @@ def candidates(backend, backward):
 
     peers = {"eager": eager, "torch.compile": torch.compile(eager, dynamic=False), "SDPA mask": sdpa_mask}
     if GPU or not backward:
-        peers["FlexAttention"] = torch.compile(flex, dynamic=False)
+        peers["FlexAttention"] = flex
     return {name: step(call) for name, call in {**peers, backend: ours(backend)}.items()}, {
         "plain SDPA": step(plain_sdpa)
     }

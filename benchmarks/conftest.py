@@ -58,10 +58,14 @@ def race(request, benchmark, device):
 
     ``candidates`` maps names to functions of one input tuple; the first is the baseline and the truth. ``inputs`` is a
     list of such tuples, used in turn. ``nbytes`` and ``flops`` are the least that one call must move and compute.
+    ``floors`` are timed with the candidates but do less than they must, so their results are not compared.
     """
 
-    def run(candidates, inputs, ours, *, tolerance, nbytes=0, read_only=False, flops=0, memory=False, target=""):
+    def run(
+        candidates, inputs, ours, *, tolerance, floors=None, nbytes=0, read_only=False, flops=0, memory=False, target=""
+    ):
         compare(candidates, inputs[0], tolerance)
+        candidates = {**candidates, **(floors or {})}
         clock = gpu_seconds if device == "cuda" else cpu_seconds
         seconds = clock(candidates, inputs, request.config.getoption("seconds"))
         baseline = next(iter(candidates))

@@ -55,10 +55,10 @@ struct RelAttentionCut {
     void ar_tar_backward(const ArTar& p, const void* grad, const void* scale, Rows d_output, Rows d_raw); \
     RelAttentionCut rel_attention_cut(const RelAttention& p, bool backward);                   \
     void rel_attention_forward(const RelAttention& p, int64_t threads, void* workspace, Heads out, void* lse); \
-    /* d_keys_values: those of k, v, k_memory, v_memory. d_shared is (parts, heads, positions + 2, width padded to 16): \
-       gradients of r and, in two more rows, of the biases, to be summed over the parts */     \
+    /* d_keys_values: those of k, v, k_memory, v_memory. To be summed over the parts, with width padded to 16:          \
+       dr (parts, heads, positions, width) and d_biases (parts, heads, 2, width) */            \
     void rel_attention_backward(const RelAttention& p, int64_t threads, void* workspace, Heads grad, Heads dq, \
-                                const Heads* d_keys_values, void* d_shared);
+                                const Heads* d_keys_values, void* dr, void* d_biases);
 
 namespace par_xl::base { PAR_XL_CPU_KERNELS }
 #if PAR_XL_X86

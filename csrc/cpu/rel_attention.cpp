@@ -129,10 +129,11 @@ public:
         }
     }
 
-    // The same; d_shared is this unit's, (positions + 2, width).
-    void backward(int64_t part, int64_t h, const Heads& grad, const Heads& dq, const Heads* d, T* d_shared) {
+    // The same; dr (positions, width) and d_biases (2, width) are this unit's.
+    void backward(int64_t part, int64_t h, const Heads& grad, const Heads& dq, const Heads* d, T* dr, T* d_biases) {
         pack_positions(h, true);
-        memset(d_shared, 0, (p.positions + 2) * plan.width * sizeof(T));
+        memset(dr, 0, p.positions * plan.width * sizeof(T));
+        memset(d_biases, 0, 2 * plan.width * sizeof(T));
         for (int64_t b = plan.first_sequence(part); b < plan.first_sequence(part + 1); ++b) {
             for (int64_t i = 0; i < p.queries; ++i)
                 if (i < plan.first_row() || i >= plan.end_row(b)) memset(at<X>(dq, b, h, i), 0, p.width * sizeof(X));
@@ -140,7 +141,7 @@ public:
             pack_keys(p.v_memory, p.v, b, h, nullptr, value_t);
             for (T* x : {d_key, d_value}) memset(x, 0, plan.n_keys * plan.width * sizeof(T));
             for (int64_t i = plan.first_row(); i < plan.end_row(b); i += plan.rows)
-                backward_block(plan.block(b, i), b, h, grad, dq, d_shared);
+                backward_block(plan.block(b, i), b, h, grad, dq, dr, d_biases);
             unpack(d_key, d[0], b, h, p.keys, p.memory);
             unpack(d_value, d[1], b, h, p.keys, p.memory);
             unpack(d_key, d[2], b, h, p.memory, 0);
@@ -169,7 +170,7 @@ private:
         }
     }
 
-    void backward_block(const Block& x, int64_t b, int64_t h, const Heads& grad, const Heads& dq, T* d_shared) {
+    void backward_block(const Block& x, int64_t b, int64_t h, const Heads& grad, const Heads& dq, T* dr, T* d_biases) {
         const T kept = T(1 / (1 - p.dropout_p));
         multiply_scores(x, b, h);
         pack(grad, b, h, x.begin, x.rows, d_out);
@@ -188,19 +189,21 @@ private:
         const int64_t n_positions = x.end_position - x.first_position;
         const T* d_positions = d_scores + x.first_position + x.shift;  // with a row pitch one larger
         // dv += W^T grad, dk += dS^T content_q, dr += dS^T position_q
-        multiply(n_keys, plan.width, x.rows, scores + key, 1, x.pitch, rows(d_out), d_value + x.first_key * plan.width, plan.width, true);
-        multiply(n_keys, plan.width, x.rows, d_scores + key, 1, x.pitch, rows(content_q), d_key + x.first_key * plan.width, plan.width, true);
-        multiply(n_positions, plan.width, x.rows, d_positions, 1, x.pitch + 1, rows(position_q), d_shared + x.first_position * plan.width, plan.width, true);
+        multiply(n_keys, plan.width, x.rows, scores + key, 1, x.pitch, rows(d_out), row(d_value, x.first_key), plan.width, true);
+        multiply(n_keys, plan.width, x.rows, d_scores + key, 1, x.pitch, rows(content_q), row(d_key, x.first_key), plan.width, true);
+        multiply(n_positions, plan.width, x.rows, d_positions, 1, x.pitch + 1, rows(position_q), row(dr, x.first_position),
+                 plan.width, true);
         // dq = dS k + dS r
         multiply_by_keys(x, d_scores, this->key, content_out);
-        multiply(x.rows, plan.width, n_positions, d_positions, x.pitch + 1, 1, rows(r + x.first_position * plan.width), position_out, plan.width, false);
+        multiply(x.rows, plan.width, n_positions, d_positions, x.pitch + 1, 1, rows(row(r, x.first_position)), position_out,
+                 plan.width, false);
         for (int64_t a = 0; a < x.rows; ++a) {
             X* to = at<X>(dq, b, h, x.begin + a);
             for (int64_t d = 0; d < p.width; ++d)
                 to[d] = store<X>(content_out[a * plan.width + d] + position_out[a * plan.width + d]);
         }
-        add_rows(x.rows, content_out, d_shared + p.positions * plan.width);
-        add_rows(x.rows, position_out, d_shared + (p.positions + 1) * plan.width);
+        add_rows(x.rows, content_out, d_biases);
+        add_rows(x.rows, position_out, d_biases + plan.width);
     }
 
     // to += the sum of the rows of x, which is left in its first one: one rounding into `to` for each block
@@ -227,11 +230,12 @@ private:
     }
 
     // to = x_rows keys, over the keys that the block sees
-    void multiply_by_keys(const Block& x, const T* from, const T* keys, T* to) {
+    void multiply_by_keys(const Block& x, const T* from, T* keys, T* to) {
         multiply(x.rows, plan.width, x.end_key - x.first_key, from + x.first_key - x.key0, x.pitch, 1,
-                 rows(keys + x.first_key * plan.width), to, plan.width, false);
+                 rows(row(keys, x.first_key)), to, plan.width, false);
     }
 
+    T* row(T* x, int64_t i) const { return x + i * plan.width; }
     Factor<T> rows(const T* x) const { return {x, plan.width, panel<T>}; }
     Factor<T> columns(const T* x, int64_t first) const { return {x + first * p.width, panel<T>, panel<T> * p.width}; }
 
@@ -315,14 +319,15 @@ void rel_attention_forward(const RelAttention& p, int64_t threads, void* workspa
 }
 
 void rel_attention_backward(const RelAttention& p, int64_t threads, void* workspace, Heads grad, Heads dq,
-                            const Heads* d_keys_values, void* d_shared) {
+                            const Heads* d_keys_values, void* dr, void* d_biases) {
     dispatch(p.dtype, [&](auto storage) {
         using X = decltype(storage);
         using T = acc_t<X>;
-        const int64_t size = (p.positions + 2) * round_up(p.width, 16);
+        const int64_t width = round_up(p.width, 16);
         for_each_unit<X>(p, true, threads, workspace, [&](Worker<X>& worker, int64_t part, int64_t h) {
-            T* d_unit = static_cast<T*>(d_shared) + (part * p.heads + h) * size;
-            worker.backward(part, h, grad, dq, d_keys_values, d_unit);
+            const int64_t unit = (part * p.heads + h) * width;
+            worker.backward(part, h, grad, dq, d_keys_values, static_cast<T*>(dr) + unit * p.positions,
+                            static_cast<T*>(d_biases) + unit * 2);
         });
     });
 }

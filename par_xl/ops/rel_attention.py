@@ -159,16 +159,20 @@ def _backward_native(grad, *inputs):
     threads, size, parts = _C.rel_attention_cut_cpu(problem, True)
     workspace = lse.new_empty(threads, size)
     heads, positions, width = dr.shape
-    # Of r, with a row more for each bias: one summand for each part of the batch.
-    d_shared = lse.new_empty(parts, heads, positions + 2, -(-width // 16) * 16)
+    # One summand for each part of the batch; a single one may be the gradient itself.
+    padded = -(-width // 16) * 16
+    in_place = parts == 1 and padded == width and dr.dtype == lse.dtype and dr.is_contiguous()
+    dr_parts = dr[None] if in_place else lse.new_empty(parts, heads, positions, padded)
+    d_biases = lse.new_empty(parts, heads, 2, padded)
     d_keys_values = tuple(_heads(x) for x in (dk, dv, dk_memory, dv_memory))
+    addresses = dr_parts.data_ptr(), d_biases.data_ptr()
     _C.rel_attention_backward_cpu(
-        problem, threads, workspace.data_ptr(), _heads(grad), _heads(dq), d_keys_values, d_shared.data_ptr()
+        problem, threads, workspace.data_ptr(), _heads(grad), _heads(dq), d_keys_values, *addresses
     )
-    total = (d_shared.sum(0) if parts > 1 else d_shared[0])[..., :width]
-    dr.copy_(total[:, :positions])
-    d_content_bias.copy_(total[:, positions])
-    d_position_bias.copy_(total[:, positions + 1])
+    if not in_place:
+        dr.copy_(dr_parts.sum(0)[..., :width])
+    d_content_bias.copy_(d_biases.sum(0)[:, 0, :width])
+    d_position_bias.copy_(d_biases.sum(0)[:, 1, :width])
     return gradients
 
 
