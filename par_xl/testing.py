@@ -141,6 +141,21 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
     return max(accumulate(changes), default=0)
 
 
+def assert_capturable(step: Callable[[], list[Tensor]]) -> None:
+    """On a GPU, ``step`` does not wait for the device, and its CUDA graph replays to the same bits."""
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(captured, expected, strict=True))
+
+
 class OpChecks:
     """What an op must pass; see ``tests/test_ar_tar.py`` for a complete use.
 

@@ -5,7 +5,7 @@ import torch
 
 import par_xl
 from par_xl.ops.rel_attention import BACKWARD, FORWARD, UNLIMITED, dropout_keep, masked_scores
-from par_xl.testing import OpChecks, make_inputs, peak_memory, run
+from par_xl.testing import OpChecks, assert_capturable, make_inputs, peak_memory, run
 
 
 def attention(batch, heads, queries, keys, memory, width, spare=0, **options):
@@ -325,18 +325,7 @@ class TestRelAttention(OpChecks):
     @pytest.mark.gpu
     def test_no_synchronisation_and_cuda_graph(self, backend):
         inputs = make_inputs(attention(2, 4, 130, 130, 70, 64, key_lengths=lengths(130, 40)), torch.bfloat16, "cuda")
-        step = lambda: run(self.on(backend), inputs)[1]  # noqa: E731
-        expected = step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        graph.replay()
-        assert all(torch.equal(x, y) for x, y in zip(captured, expected, strict=True))
+        assert_capturable(lambda: run(self.on(backend), inputs)[1])
 
 
 def test_gradients_of_an_absent_memory_are_empty():
