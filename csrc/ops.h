@@ -21,6 +21,29 @@ struct ArTar {
     DType dtype;
 };
 
+// Which softmaxes the tokens of an adaptive softmax pass; see par_xl/ops/adaptive_softmax.py. Arrays are by token unless
+// said otherwise.
+struct AdaptiveBuckets {
+    const int64_t *target, *ends;  // ends (tails + 1): the first class after the head and after each tail
+    int64_t tokens, tails, ignore_index;
+    bool descending;                   // the head's column of the first tail is its last one
+    int64_t *head_column, *tail_column;  // the target's column in the head and in its tail; -1 for none
+    int64_t *order, *offsets;            // order[offsets[i] .. offsets[i + 1]]: the tokens of tail i, in their order
+};
+
+// A block of rows of one softmax of it: logits become the gradient of the rows' loss in place, if that is wanted.
+struct AdaptiveRows {
+    void* logits;  // (rows, columns)
+    int64_t rows, columns, stride;
+    const void* bias;        // (columns) or nullptr
+    const int64_t* tokens;   // the token of each row, or nullptr: row i is token i
+    const int64_t* column;   // by token: the target's column; -1: no loss
+    const void* grad;        // by token, or nullptr: no gradient is wanted
+    void* nll;               // by token; the rows' losses are added to it
+    double label_smoothing, z_loss;
+    DType dtype;  // f32 or f64, of everything
+};
+
 }  // namespace par_xl
 
 // C++ kernels are compiled once per instruction set, each copy in a namespace of its own.
@@ -29,7 +52,10 @@ struct ArTar {
     /* partial_sums: 2 doubles per part; loss (1), scale (2) in fp32, or fp64 for fp64 */      \
     int64_t ar_tar_parts(const ArTar& p);                                                      \
     void ar_tar_forward(const ArTar& p, double alpha, double beta, double* partial_sums, void* loss, void* scale); \
-    void ar_tar_backward(const ArTar& p, const void* grad, const void* scale, Rows d_output, Rows d_raw);
+    void ar_tar_backward(const ArTar& p, const void* grad, const void* scale, Rows d_output, Rows d_raw); \
+    /* -1, or the first token whose target is no class */                                      \
+    int64_t adaptive_buckets(const AdaptiveBuckets& p);                                        \
+    void adaptive_rows(const AdaptiveRows& p);
 
 namespace par_xl::base { PAR_XL_CPU_KERNELS }
 #if PAR_XL_X86

@@ -1,0 +1,424 @@
+"""Adaptive softmax: the negative log-likelihood of each token, without the logits in memory.
+
+The head is a softmax over the most frequent classes and one column for each of K tails; tail c is a softmax over its own
+classes. With z = W P x + b for the weights, the projection and the biases of one softmax of C columns, and y its target:
+
+    nll(token) = loss(head; y, or the column of tail c) + [the target is in tail c] loss(tail c; y - first class of c)
+    loss(z; y) = (1 - s) (lse - z_y) + s (lse - mean(z)) + w lse^2,   lse = log sum_c exp(z_c)
+    dz_c       = g (softmax(z)_c (1 + 2 w lse) - (1 - s) [c = y] - s / C)
+
+with label smoothing s, z-loss w and g the gradient of the token's nll. The gradient of a sum or a mean is known before
+the loss is: then one pass makes the logits once and takes both from them. Otherwise the backward makes them again.
+
+Grave et al.: Efficient softmax approximation for GPUs (arXiv 1609.04309). Label smoothing and z-loss stay within a
+softmax, as in fairseq's adaptive loss: smoothing over all classes would need every tail for every token.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from par_xl.ops import adaptive_softmax_cpu
+from par_xl.ops.registry import Op, choose, first_derivative_only
+
+GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 16 << 20  # bytes of logits at a time
+
+
+class Tables(NamedTuple):
+    """The parameters of an adaptive softmax over V classes, d features and K tails.
+
+    Attributes:
+        weights: one ``(C_i, d_i)`` for the head and each tail, or a single ``(V, d_0)`` that the cutoffs cut.
+        biases: as many, ``(C_i,)`` or None.
+        projections: K + 1 of ``(d_i, d)`` or None (``d_i = d``).
+        cluster_weight: ``(K, d_0)``, the head's columns of the tails; None where the last K rows of ``weights[0]`` are.
+        cluster_bias: ``(K,)`` or None.
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    projections: Sequence[Tensor | None]
+    cluster_weight: Tensor | None = None
+    cluster_bias: Tensor | None = None
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        return (*self.weights, *self.biases, *self.projections, self.cluster_weight, self.cluster_bias)
+
+
+def unflatten(tensors: Sequence[Any], n_softmaxes: int) -> Tables:
+    """The inverse of ``Tables.flat``."""
+    n = (len(tensors) - n_softmaxes - 2) // 2
+    return Tables(tensors[:n], tensors[n : 2 * n], tensors[2 * n : -2], *tensors[-2:])
+
+
+class Options(NamedTuple):
+    """What a call does with its tensors; ``ends`` are the cutoffs and V."""
+
+    ends: tuple[int, ...]
+    descending: bool
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    workspace: int
+
+
+class Softmax(NamedTuple):
+    """One softmax: its weight in pieces of neighbouring columns, which stand below each other, and their biases.
+
+    Of gradients in the place of parameters, those that are not wanted are None.
+    """
+
+    weights: list[Any]
+    biases: list[Tensor | None]
+    projection: Tensor | None
+
+
+def softmaxes(tables: Tables, ends: Sequence[int], separate_columns: bool) -> list[Softmax]:
+    """The head and the tails, as views; ``separate_columns``: the head's last columns are a piece of their own."""
+    sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+
+    def cut(group: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        if len(group) == len(sizes):
+            return group
+        return [None] * len(sizes) if group[0] is None else group[0].split(sizes)
+
+    groups = (cut(tables.weights), cut(tables.biases), tables.projections)
+    head, *tails = [Softmax([w], [b], p) for w, b, p in zip(*groups, strict=True)]
+    if separate_columns:
+        head.weights.append(tables.cluster_weight)
+        head.biases.append(tables.cluster_bias)
+    return [head, *tails]
+
+
+def softmax_logits(x: Tensor, softmax: Softmax) -> Tensor:
+    """``(N, d)`` to ``(N, C)`` in plain PyTorch."""
+    hidden = x if softmax.projection is None else F.linear(x, softmax.projection)
+    pieces = [F.linear(hidden, w, b) for w, b in zip(softmax.weights, softmax.biases, strict=True)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+def head_column(tail: int, ends: Sequence[int], descending: bool) -> int:
+    """The head's column of a tail, both counted from 0."""
+    return ends[0] + (len(ends) - 2 - tail if descending else tail)
+
+
+def _loss(z: Tensor, target: Tensor, options: Options) -> Tensor:
+    lse, smoothing = z.logsumexp(1), options.label_smoothing
+    of_target = z.gather(1, target[:, None])[:, 0]
+    return lse - (1 - smoothing) * of_target - smoothing * z.mean(1) + options.z_loss * lse.square()
+
+
+def adaptive_nll_reference(x: Tensor, target: Tensor, tables: Tables, options: Options) -> Tensor:
+    """The specification, in plain PyTorch: ``(N, d)`` and ``(N,)`` in, ``(N,)`` out, in fp32 (fp64 for fp64)."""
+    ends, wide = options.ends, _wide(x)
+    converted = unflatten([None if t is None else t.to(wide) for t in tables.flat()], len(ends))
+    head, *tails = softmaxes(converted, ends, tables.cluster_weight is not None)
+    x = x.to(wide)
+    ignored = target == options.ignore_index
+    outside = ((target < 0) | (target >= ends[-1])) & ~ignored
+    column = target.masked_fill(ignored | outside, 0)
+    nll = torch.zeros_like(target, dtype=wide)
+    for i, softmax in enumerate(tails):
+        inside = (target >= ends[i]) & (target < ends[i + 1]) & ~ignored
+        column = torch.where(inside, head_column(i, ends, options.descending), column)
+        # An empty tail passes through as well: its parameters then have zero gradients, not none.
+        rows = inside.nonzero()[:, 0]
+        nll = nll.index_add(0, rows, _loss(softmax_logits(x[rows], softmax), target[rows] - ends[i], options))
+    nll = nll + _loss(softmax_logits(x, head), column, options)
+    return nll.masked_fill(ignored, 0.0).masked_fill(outside, torch.nan)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake_forward(x, *_):
+    return x.new_empty(x.shape[0], dtype=_wide(x))
+
+
+def _fake_backward(grad, x, target, weights, biases, projections, cluster_weight, cluster_bias, *others):
+    needed, wide = others[-2], _wide(x)
+    inputs = (x, *weights, *biases, *projections, cluster_weight, cluster_bias)
+    gradients = [
+        torch.empty_like(t, dtype=wide) if need else x.new_empty(0, dtype=wide)
+        for t, need in zip(inputs, needed, strict=True)
+    ]
+    return _fake_forward(x), gradients
+
+
+# The backward takes the gradient of every token's nll, and returns the nll as well as the gradients of x, weights,
+# biases, projections, cluster_weight and cluster_bias, in fp32 (fp64 for fp64), empty where they are not needed.
+_INPUTS = (
+    "Tensor x, Tensor target, Tensor[] weights, Tensor?[] biases, Tensor?[] projections, Tensor? cluster_weight,"
+    " Tensor? cluster_bias, int[] ends, bool descending, int ignore_index, float label_smoothing, float z_loss,"
+    " int workspace"
+)
+FORWARD = Op(f"adaptive_nll_forward({_INPUTS}, str backend) -> Tensor nll", _fake_forward)
+BACKWARD = Op(
+    f"adaptive_nll_backward(Tensor grad, {_INPUTS}, bool[] needed, str backend) -> (Tensor nll, Tensor[] gradients)",
+    _fake_backward,
+)
+
+
+def _prepared(run: Callable, grad: Tensor | None, x: Tensor, target: Tensor, *inputs: Any) -> tuple[Tensor, list]:
+    """Call ``run`` with the softmaxes as views and with the outputs to be filled."""
+    tables, options, needed = Tables(*inputs[:5]), Options(*inputs[5:11]), inputs[11]
+    nll, gradients = _fake_backward(grad, x, target, *inputs, None)
+    separate = tables.cluster_weight is not None
+    wanted = [g if need else None for g, need in zip(gradients, needed, strict=True)]
+    parameters = softmaxes(tables, options.ends, separate)
+    outputs = softmaxes(unflatten(wanted[1:], len(options.ends)), options.ends, separate)
+    with torch.autocast(x.device.type, enabled=False):
+        run(grad, x, target, parameters, outputs, nll, wanted[0], options)
+    return nll, gradients
+
+
+@FORWARD.implement("native")
+def _forward_native(x, target, *inputs):
+    nothing = [False] * (1 + len(Tables(*inputs[:5]).flat()))
+    return _prepared(adaptive_softmax_cpu.run, None, x, target, *inputs, nothing)[0]
+
+
+@BACKWARD.implement("native")
+def _backward_native(*inputs):
+    return _prepared(adaptive_softmax_cpu.run, *inputs)
+
+
+class AdaptiveNLL(torch.autograd.Function):
+    """``AdaptiveNLL.apply(x, target, options, reduction, differentiable, backend, *tables.flat())``.
+
+    Returns the nll ``(N,)``, and its sum or mean unless the reduction is "none". See :func:`adaptive_nll`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, target, options, reduction, differentiable, backend, *tensors):
+        tables = unflatten(tensors, len(options.ends))
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.backend, ctx.gradients = options, backend, None
+        weight = None
+        if reduction != "none":
+            valid = target != options.ignore_index
+            weight = valid.to(_wide(x))
+            if reduction == "mean":
+                weight = weight / valid.sum().clamp(min=1)
+        ctx.save_for_backward(x, target, weight, *tensors)
+        if weight is None:
+            return FORWARD(x, target, *tables, *options, backend)
+        if differentiable:
+            needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
+            nll, ctx.gradients = BACKWARD(weight, x, target, *tables, *options, needed, backend)
+        else:
+            nll = FORWARD(x, target, *tables, *options, backend)
+        return nll, torch.dot(nll, weight)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, d_nll, d_loss=None):
+        x, target, weight, *tensors = ctx.saved_tensors
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
+        gradients = ctx.gradients
+        if d_nll is None and gradients is not None:
+            gradients = _scaled(gradients, d_loss)
+            if not torch.compiler.is_compiling():
+                ctx.gradients = None  # they are the caller's now; a second backward makes its own
+        else:
+            grad = d_nll if d_loss is None else weight * d_loss + (0 if d_nll is None else d_nll)
+            tables = unflatten(tensors, len(ctx.options.ends))
+            gradients = BACKWARD(grad, x, target, *tables, *ctx.options, needed, ctx.backend)[1]
+        inputs = (x, *tensors)
+        dx, *others = [
+            g.to(t.dtype) if need else None for g, t, need in zip(gradients, inputs, needed, strict=True)
+        ]
+        return dx, None, None, None, None, None, *others
+
+
+def _scaled(gradients: list[Tensor], factor: Tensor) -> list[Tensor]:
+    if torch.compiler.is_compiling():
+        return [g * factor for g in gradients]
+    if factor.device.type == "cpu" and factor.item() == 1:
+        return gradients
+    return [g.mul_(factor) for g in gradients]
+
+
+def _check(x: Tensor, target: Tensor, tables: Tables, ends: Sequence[int]) -> None:
+    if x.dim() == 0 or target.shape != x.shape[:-1]:
+        raise ValueError(f"target must have the shape of input without its last dimension, {tuple(x.shape[:-1])}, not "
+                         f"{tuple(target.shape)}")  # fmt: skip
+    if not x.is_floating_point():
+        raise TypeError(f"input must be floating point, not {x.dtype}")
+    if target.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"target must be int32 or int64, not {target.dtype}")
+    cutoffs = list(ends[:-1])
+    if cutoffs != sorted(set(cutoffs)) or not all(0 < c < ends[-1] for c in cutoffs):
+        raise ValueError(f"cutoffs must be increasing and between 1 and {ends[-1] - 1}, not {cutoffs}")
+    for name, group, counts in zip(
+        ("weights", "biases", "projections"), tables, ((1, len(ends)), (len(tables.weights),), (len(ends),)), strict=False
+    ):
+        if len(group) not in counts:
+            raise ValueError(f"{name} must hold {' or '.join(map(str, counts))} tensors for {len(cutoffs)} cutoffs, not "
+                             f"{len(group)}")  # fmt: skip
+    separate = tables.cluster_weight is not None
+    if cutoffs and len(tables.weights) == 1 and not separate:
+        raise ValueError("cluster_weight must be given when one table holds all the classes")
+    if not cutoffs and separate:
+        raise ValueError("cluster_weight must be None without cutoffs")
+    _check_shapes(x, tables, ends)
+
+
+def _check_shapes(x: Tensor, tables: Tables, ends: Sequence[int]) -> None:
+    tails = len(ends) - 1
+    separate = tables.cluster_weight is not None
+    sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    sizes[0] += 0 if separate else tails
+    if len(tables.weights) == 1:
+        sizes = [ends[-1]]
+    named: list[tuple[str, Tensor | None, tuple[int, ...]]] = []
+    for i, (size, weight, bias) in enumerate(zip(sizes, tables.weights, tables.biases, strict=True)):
+        named += [(f"weights[{i}]", weight, (size, *weight.shape[1:2])), (f"biases[{i}]", bias, (size,))]
+    for i, projection in enumerate(tables.projections):
+        width = tables.weights[i if len(tables.weights) > 1 else 0].shape[-1]
+        if projection is None and width != x.shape[-1]:
+            raise ValueError(f"projections[{i}] must be given: weights[{i}] has {width} columns, and input "
+                             f"{x.shape[-1]}")  # fmt: skip
+        if width == 0:
+            raise ValueError(f"weights[{i}] must have at least one column: d / div_val**{i} is below 1")
+        named.append((f"projections[{i}]", projection, (width, x.shape[-1])))
+    named.append(("cluster_weight", tables.cluster_weight, (tails, tables.weights[0].shape[-1])))
+    named.append(("cluster_bias", tables.cluster_bias, (tails,)))
+    for name, tensor, shape in named:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of input {x.dtype}, not {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} as input is, not on {tensor.device}")
+
+
+def _autocast(x: Tensor | None) -> Any:
+    """What torch.autocast makes of an input of a matrix product."""
+    if x is None or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _check_targets(target: Tensor, options: Options) -> None:
+    """Where the host can look: on the CPU, in code that is not being traced."""
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = target[((target < 0) | (target >= options.ends[-1])) & (target != options.ignore_index)]
+        if len(bad):
+            raise target_error(bad[0].item(), options.ends[-1], options.ignore_index)
+
+
+def nll_and_loss(
+    x: Tensor, target: Tensor, tables: Tables, cutoffs: Sequence[int], *, order: str = "ascending",
+    ignore_index: int = -100, reduction: str = "none", label_smoothing: float = 0.0, z_loss: float = 0.0,
+    workspace: int | None = None, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`adaptive_nll`'s values by token and their reduction (the same tensor for "none"), from one pass."""
+    if order not in ("ascending", "descending"):
+        raise ValueError(f'order must be "ascending" or "descending", not {order!r}')
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f'reduction must be "none", "sum" or "mean", not {reduction!r}')
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
+    last = len(tables.weights[-1]) + (cutoffs[-1] if cutoffs and len(tables.weights) > 1 else 0)
+    ends = (*map(int, cutoffs), last)
+    x, tables = _autocast(x), unflatten([_autocast(t) for t in tables.flat()], len(tables.projections))
+    _check(x, target, tables, ends)
+    if workspace is None:
+        workspace = CPU_WORKSPACE if x.device.type == "cpu" else GPU_WORKSPACE
+    options = Options(ends, order == "descending", ignore_index, float(label_smoothing), float(z_loss), workspace)
+    rows, flat_target = x.reshape(-1, x.shape[-1]), target.reshape(-1).long()
+    chosen = choose(FORWARD, backend, x)
+    if chosen == "eager":
+        _check_targets(flat_target, options)
+        with torch.autocast(x.device.type, enabled=False):
+            nll = adaptive_nll_reference(rows, flat_target, tables, options)
+            valid = (flat_target != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1
+            loss = nll.sum() / valid
+    elif reduction == "none":
+        nll = AdaptiveNLL.apply(rows, flat_target, options, reduction, False, chosen, *tables.flat())
+    else:
+        nll, loss = AdaptiveNLL.apply(
+            rows, flat_target, options, reduction, torch.is_grad_enabled(), chosen, *tables.flat()
+        )
+    nll = nll.view(target.shape)
+    return nll, nll if reduction == "none" else loss
+
+
+def adaptive_nll(
+    input: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    cutoffs: Sequence[int],
+    *,
+    biases: Sequence[Tensor | None] | None = None,
+    projections: Sequence[Tensor | None] | None = None,
+    cluster_weight: Tensor | None = None,
+    cluster_bias: Tensor | None = None,
+    order: str = "ascending",
+    ignore_index: int = -100,
+    reduction: str = "none",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    workspace: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Negative log-likelihood under an adaptive softmax, in the order of the tokens, without the logits in memory.
+
+    Equivalent, for ``asm = torch.nn.AdaptiveLogSoftmaxWithLoss(d, V, cutoffs)``, to ``-asm(input, target).output`` with
+    ``weights=[asm.head.weight, *(t[1].weight for t in asm.tail)]`` and ``projections=[None, *(t[0].weight for t in
+    asm.tail)]``. Without cutoffs it is ``F.cross_entropy(F.linear(input, weights[0], biases[0]), target)``.
+
+    Args:
+        input: ``(..., d)``; fp16, bf16, fp32 or fp64, any strides.
+        target: ``(...)`` int32 or int64, classes 0..V-1 by falling frequency.
+        weights: ``(cutoffs[0] + K, d_0)`` for the head, whose last K rows are the columns of the K tails, then one
+            ``(cutoffs[i] - cutoffs[i-1], d_i)`` for each tail, the last up to V. With ``cluster_weight``, the head's has
+            ``cutoffs[0]`` rows, or a single ``(V, d_0)`` serves the head and all tails. Tables may be shared with others
+            (an embedding): each argument gets its own gradient, and autograd adds them.
+        cutoffs: increasing, the first class of each of the K tails.
+        biases: as many as weights, one for each row of it, or None.
+        projections: K + 1 of ``(d_i, d)`` as in ``nn.Linear``, or None where ``d_i = d``.
+        cluster_weight, cluster_bias: ``(K, d_0)`` and ``(K,)``, the head's columns of the tails, apart from its table.
+        order: of the head's tail columns: "ascending" (torch, Hugging Face) or "descending" (Transformer-XL, NVIDIA and
+            awd-lstm: the last column is the first tail).
+        ignore_index: the target of tokens without a loss, inside 0..V-1 or not.
+        reduction: "none", "sum", or "mean" over the tokens that are not ignored.
+        label_smoothing: weight of the uniform distribution, within the head and within the token's tail.
+        z_loss: weight of ``lse^2``, of the head and of the token's tail.
+        workspace: bytes of logits at a time; default 256 MB on a GPU, 16 MB on the CPU. At 0 the Triton backend keeps no
+            logits in memory at all.
+        backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose.
+
+    Returns:
+        The shape of ``target`` for "none", else 0-d; fp32 (fp64 for fp64). An ignored token has 0; a mean over no token
+        is 0. Every parameter gets a gradient, zeros where no token needs it. Same input, same bits. A second derivative
+        exists on the eager backend alone.
+
+    Raises:
+        ValueError: a wrong shape, device, cutoff, order, reduction, smoothing or backend, a width of 0 (d / div_val**i
+            below 1), or a target that is no class. On a GPU such a target gives NaN for its token, and the error comes
+            with the next call that finds the value copied to the host.
+        TypeError: a dtype that is not floating point, two different ones, or a target that is not int32 or int64.
+
+    Source: arXiv 1609.04309; torch.nn.AdaptiveLogSoftmaxWithLoss; kimiyoung/transformer-xl
+    ``ProjectedAdaptiveLogSoftmax``; salesforce/awd-lstm-lm ``SplitCrossEntropyLoss``.
+    """
+    weights = list(weights)
+    tables = Tables(
+        weights,
+        [None] * len(weights) if biases is None else list(biases),
+        [None] * (len(cutoffs) + 1) if projections is None else list(projections),
+        cluster_weight,
+        cluster_bias,
+    )
+    return nll_and_loss(
+        input, target, tables, cutoffs, order=order, ignore_index=ignore_index, reduction=reduction,
+        label_smoothing=label_smoothing, z_loss=z_loss, workspace=workspace, backend=backend,
+    )[1]  # fmt: skip
