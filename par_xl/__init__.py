@@ -4,7 +4,7 @@ Importing ``par_xl`` imports torch and the compiled extension, and neither trito
 """
 
 from par_xl import nn
-from par_xl.ops import ArTarLoss, ar_tar_loss, backends, build_info, use_backend
+from par_xl.ops import AdaptiveNLL, ArTarLoss, adaptive_nll, ar_tar_loss, backends, build_info, use_backend
 
 __version__ = "0.1.0"
-__all__ = ["ArTarLoss", "ar_tar_loss", "backends", "build_info", "nn", "use_backend"]
+__all__ = ["AdaptiveNLL", "ArTarLoss", "adaptive_nll", "ar_tar_loss", "backends", "build_info", "nn", "use_backend"]

@@ -15,94 +15,16 @@ softmax, as in fairseq's adaptive loss: smoothing over all classes would need ev
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from par_xl.ops import adaptive_softmax_cpu
+from par_xl.ops.adaptive_tables import Options, Tables, check, check_counts, head_column, softmax_logits, softmaxes, unflatten
 from par_xl.ops.registry import Op, choose, first_derivative_only
 
-GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 16 << 20  # bytes of logits at a time
-
-
-class Tables(NamedTuple):
-    """The parameters of an adaptive softmax over V classes, d features and K tails.
-
-    Attributes:
-        weights: one ``(C_i, d_i)`` for the head and each tail, or a single ``(V, d_0)`` that the cutoffs cut.
-        biases: as many, ``(C_i,)`` or None.
-        projections: K + 1 of ``(d_i, d)`` or None (``d_i = d``).
-        cluster_weight: ``(K, d_0)``, the head's columns of the tails; None where the last K rows of ``weights[0]`` are.
-        cluster_bias: ``(K,)`` or None.
-    """
-
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor | None]
-    projections: Sequence[Tensor | None]
-    cluster_weight: Tensor | None = None
-    cluster_bias: Tensor | None = None
-
-    def flat(self) -> tuple[Tensor | None, ...]:
-        return (*self.weights, *self.biases, *self.projections, self.cluster_weight, self.cluster_bias)
-
-
-def unflatten(tensors: Sequence[Any], n_softmaxes: int) -> Tables:
-    """The inverse of ``Tables.flat``."""
-    n = (len(tensors) - n_softmaxes - 2) // 2
-    return Tables(tensors[:n], tensors[n : 2 * n], tensors[2 * n : -2], *tensors[-2:])
-
-
-class Options(NamedTuple):
-    """What a call does with its tensors; ``ends`` are the cutoffs and V."""
-
-    ends: tuple[int, ...]
-    descending: bool
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    workspace: int
-
-
-class Softmax(NamedTuple):
-    """One softmax: its weight in pieces of neighbouring columns, which stand below each other, and their biases.
-
-    Of gradients in the place of parameters, those that are not wanted are None.
-    """
-
-    weights: list[Any]
-    biases: list[Tensor | None]
-    projection: Tensor | None
-
-
-def softmaxes(tables: Tables, ends: Sequence[int], separate_columns: bool) -> list[Softmax]:
-    """The head and the tails, as views; ``separate_columns``: the head's last columns are a piece of their own."""
-    sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-
-    def cut(group: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        if len(group) == len(sizes):
-            return group
-        return [None] * len(sizes) if group[0] is None else group[0].split(sizes)
-
-    groups = (cut(tables.weights), cut(tables.biases), tables.projections)
-    head, *tails = [Softmax([w], [b], p) for w, b, p in zip(*groups, strict=True)]
-    if separate_columns:
-        head.weights.append(tables.cluster_weight)
-        head.biases.append(tables.cluster_bias)
-    return [head, *tails]
-
-
-def softmax_logits(x: Tensor, softmax: Softmax) -> Tensor:
-    """``(N, d)`` to ``(N, C)`` in plain PyTorch."""
-    hidden = x if softmax.projection is None else F.linear(x, softmax.projection)
-    pieces = [F.linear(hidden, w, b) for w, b in zip(softmax.weights, softmax.biases, strict=True)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-
-
-def head_column(tail: int, ends: Sequence[int], descending: bool) -> int:
-    """The head's column of a tail, both counted from 0."""
-    return ends[0] + (len(ends) - 2 - tail if descending else tail)
+GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 28 << 20  # bytes of logits at a time; on the CPU, what stays in its cache
 
 
 def _loss(z: Tensor, target: Tensor, options: Options) -> Tensor:
@@ -218,6 +140,8 @@ class AdaptiveNLL(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, d_nll, d_loss=None):
         x, target, weight, *tensors = ctx.saved_tensors
+        if d_nll is None and d_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
         needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
         gradients = ctx.gradients
         if d_nll is None and gradients is not None:
@@ -243,67 +167,13 @@ def _scaled(gradients: list[Tensor], factor: Tensor) -> list[Tensor]:
     return [g.mul_(factor) for g in gradients]
 
 
-def _check(x: Tensor, target: Tensor, tables: Tables, ends: Sequence[int]) -> None:
-    if x.dim() == 0 or target.shape != x.shape[:-1]:
-        raise ValueError(f"target must have the shape of input without its last dimension, {tuple(x.shape[:-1])}, not "
-                         f"{tuple(target.shape)}")  # fmt: skip
-    if not x.is_floating_point():
-        raise TypeError(f"input must be floating point, not {x.dtype}")
-    if target.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"target must be int32 or int64, not {target.dtype}")
-    cutoffs = list(ends[:-1])
-    if cutoffs != sorted(set(cutoffs)) or not all(0 < c < ends[-1] for c in cutoffs):
-        raise ValueError(f"cutoffs must be increasing and between 1 and {ends[-1] - 1}, not {cutoffs}")
-    for name, group, counts in zip(
-        ("weights", "biases", "projections"), tables, ((1, len(ends)), (len(tables.weights),), (len(ends),)), strict=False
-    ):
-        if len(group) not in counts:
-            raise ValueError(f"{name} must hold {' or '.join(map(str, counts))} tensors for {len(cutoffs)} cutoffs, not "
-                             f"{len(group)}")  # fmt: skip
-    separate = tables.cluster_weight is not None
-    if cutoffs and len(tables.weights) == 1 and not separate:
-        raise ValueError("cluster_weight must be given when one table holds all the classes")
-    if not cutoffs and separate:
-        raise ValueError("cluster_weight must be None without cutoffs")
-    _check_shapes(x, tables, ends)
-
-
-def _check_shapes(x: Tensor, tables: Tables, ends: Sequence[int]) -> None:
-    tails = len(ends) - 1
-    separate = tables.cluster_weight is not None
-    sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    sizes[0] += 0 if separate else tails
-    if len(tables.weights) == 1:
-        sizes = [ends[-1]]
-    named: list[tuple[str, Tensor | None, tuple[int, ...]]] = []
-    for i, (size, weight, bias) in enumerate(zip(sizes, tables.weights, tables.biases, strict=True)):
-        named += [(f"weights[{i}]", weight, (size, *weight.shape[1:2])), (f"biases[{i}]", bias, (size,))]
-    for i, projection in enumerate(tables.projections):
-        width = tables.weights[i if len(tables.weights) > 1 else 0].shape[-1]
-        if projection is None and width != x.shape[-1]:
-            raise ValueError(f"projections[{i}] must be given: weights[{i}] has {width} columns, and input "
-                             f"{x.shape[-1]}")  # fmt: skip
-        if width == 0:
-            raise ValueError(f"weights[{i}] must have at least one column: d / div_val**{i} is below 1")
-        named.append((f"projections[{i}]", projection, (width, x.shape[-1])))
-    named.append(("cluster_weight", tables.cluster_weight, (tails, tables.weights[0].shape[-1])))
-    named.append(("cluster_bias", tables.cluster_bias, (tails,)))
-    for name, tensor, shape in named:
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{name} must have the dtype of input {x.dtype}, not {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} as input is, not on {tensor.device}")
-
-
-def _autocast(x: Tensor | None) -> Any:
-    """What torch.autocast makes of an input of a matrix product."""
-    if x is None or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+def _under_autocast(x: Tensor, tables: Tables) -> tuple[Tensor, Tables]:
+    """What torch.autocast makes of the inputs of a matrix product."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, tables
+    dtype = torch.get_autocast_dtype(x.device.type)
+    convert = lambda t: t if t is None or t.dtype == torch.float64 else t.to(dtype)  # noqa: E731
+    return convert(x), unflatten([convert(t) for t in tables.flat()], len(tables.projections))
 
 
 def _check_targets(target: Tensor, options: Options) -> None:
@@ -311,7 +181,7 @@ def _check_targets(target: Tensor, options: Options) -> None:
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = target[((target < 0) | (target >= options.ends[-1])) & (target != options.ignore_index)]
         if len(bad):
-            raise target_error(bad[0].item(), options.ends[-1], options.ignore_index)
+            raise options.target_error(bad[0].item())
 
 
 def nll_and_loss(
@@ -326,10 +196,11 @@ def nll_and_loss(
         raise ValueError(f'reduction must be "none", "sum" or "mean", not {reduction!r}')
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
+    check_counts(tables, cutoffs)
     last = len(tables.weights[-1]) + (cutoffs[-1] if cutoffs and len(tables.weights) > 1 else 0)
     ends = (*map(int, cutoffs), last)
-    x, tables = _autocast(x), unflatten([_autocast(t) for t in tables.flat()], len(tables.projections))
-    _check(x, target, tables, ends)
+    x, tables = _under_autocast(x, tables)
+    check(x, target, tables, ends)
     if workspace is None:
         workspace = CPU_WORKSPACE if x.device.type == "cpu" else GPU_WORKSPACE
     options = Options(ends, order == "descending", ignore_index, float(label_smoothing), float(z_loss), workspace)
@@ -392,7 +263,7 @@ def adaptive_nll(
         reduction: "none", "sum", or "mean" over the tokens that are not ignored.
         label_smoothing: weight of the uniform distribution, within the head and within the token's tail.
         z_loss: weight of ``lse^2``, of the head and of the token's tail.
-        workspace: bytes of logits at a time; default 256 MB on a GPU, 16 MB on the CPU. At 0 the Triton backend keeps no
+        workspace: bytes of logits at a time; default 256 MB on a GPU, 28 MB on the CPU. At 0 the Triton backend keeps no
             logits in memory at all.
         backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose.
 
