@@ -109,6 +109,25 @@ def _backward_native(*inputs):
     return _prepared(adaptive_softmax_cpu.run, *inputs)
 
 
+def _run_triton(grad, x, target, softmaxes, gradients, nll, dx, options):
+    from par_xl.kernels.adaptive_softmax import run
+
+    if x.device.type == "cpu":
+        _check_targets(target, options)
+    run(grad, x, target, softmaxes, gradients, nll, dx, options)
+
+
+@FORWARD.implement("triton")
+def _forward_triton(x, target, *inputs):
+    nothing = [False] * (1 + len(Tables(*inputs[:5]).flat()))
+    return _prepared(_run_triton, None, x, target, *inputs, nothing)[0]
+
+
+@BACKWARD.implement("triton")
+def _backward_triton(*inputs):
+    return _prepared(_run_triton, *inputs)
+
+
 class AdaptiveNLL(torch.autograd.Function):
     """``AdaptiveNLL.apply(x, target, options, reduction, differentiable, backend, *tables.flat())``.
 
