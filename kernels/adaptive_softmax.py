@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS, COLUMNS, SPLIT = 64, 64, 4096  # rows and columns of a tile, columns of a split
-SINGLE_READ = 32768  # the most logits that one program holds in registers
+SPLIT = 4096  # columns of a split
+INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
@@ -51,46 +51,52 @@ def _sort(target, ends, head, tail, order, offsets, tokens, tails, ignore_index,
 
 
 @triton.jit
+def _number(x, acc: tl.constexpr):
+    """A float argument in the arithmetic type; the interpreter passes plain floats, which a cast takes to fp32."""
+    return tl.sum(tl.zeros([1], tl.float64) + x).to(acc)
+
+
+@triton.jit
 def _rows_in_place(
-    z, bias, column, grad, nll, columns, stride, label_smoothing: tl.float64, z_loss: tl.float64,
-    BLOCK: tl.constexpr, SINGLE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    z, dz, bias, column, grad, nll, columns, stride, dz_stride, label_smoothing: tl.float64, z_loss: tl.float64,
+    BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """nll of a row, and dz = g (softmax(z) (1 + 2 w lse) - (1 - s) [c = y] - s / C) in the place of z."""
+    """nll of a row, and dz = g (softmax(z) (1 + 2 w lse) - (1 - s) [c = y] - s / C) in the place of z.
+
+    z is fp32 and dz of the tables' type: the dz of a block lie over logits that have been read.
+    """
     acc: tl.constexpr = nll.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     z += row * stride
+    dz += row * dz_stride
     y = tl.load(column + row)
-    smoothing, weight = tl.cast(label_smoothing, acc), tl.cast(z_loss, acc)
+    smoothing, weight = _number(label_smoothing, acc), _number(z_loss, acc)
     lanes = tl.arange(0, BLOCK)
     of_target = tl.load(z + tl.maximum(y, 0)).to(acc)
     if HAS_BIAS:
         of_target += tl.load(bias + tl.maximum(y, 0)).to(acc)
     largest = tl.full([BLOCK], float("-inf"), acc)
-    total = tl.zeros([BLOCK], acc)
-    if SINGLE:
-        logits = _row(z, bias, lanes, columns, acc, HAS_BIAS)
-    for begin in range(0, columns, BLOCK):
-        if not SINGLE:
-            logits = _row(z, bias, begin + lanes, columns, acc, HAS_BIAS)
-        largest = tl.maximum(largest, logits)
-        total += tl.where(begin + lanes < columns, logits, 0.0)
-    top = tl.max(largest)
     sums = tl.zeros([BLOCK], acc)
+    total = tl.zeros([BLOCK], acc)
     for begin in range(0, columns, BLOCK):
-        if not SINGLE:
-            logits = _row(z, bias, begin + lanes, columns, acc, HAS_BIAS)
-        sums += tl.exp(logits - top)
-    sum = tl.sum(sums)
-    lse = top + tl.log(sum)
+        inside = begin + lanes < columns
+        logits = _row(z, bias, begin + lanes, columns, acc, HAS_BIAS)
+        top = tl.maximum(largest, logits)  # finite: every lane has a first logit, or stands at the maximum below
+        top = tl.where(top == float("-inf"), 0.0, top)
+        sums = sums * tl.exp(largest - top) + tl.exp(logits - top)
+        largest = top
+        total += tl.where(inside, logits, 0.0)
+    lse = tl.max(largest)
+    lse += tl.log(tl.sum(sums * tl.exp(largest - lse)))
     loss = lse - (1 - smoothing) * of_target - smoothing * tl.sum(total) / columns + weight * lse * lse
     tl.store(nll + row, tl.where(y == -1, 0.0, tl.where(y < 0, float("nan"), loss)))
     g = tl.load(grad + row).to(acc)
+    # The second time, the row comes from the cache.
     for begin in range(0, columns, BLOCK):
-        if not SINGLE:
-            logits = _row(z, bias, begin + lanes, columns, acc, HAS_BIAS)
-        p = tl.exp(logits - top) / sum * (1 + 2 * weight * lse)
+        p = tl.exp(_row(z, bias, begin + lanes, columns, acc, HAS_BIAS) - lse) * (1 + 2 * weight * lse)
         d = g * (p - tl.where(begin + lanes == y, 1 - smoothing, 0.0) - smoothing / columns)
-        tl.store(z + begin + lanes, tl.where(y < 0, 0.0, d).to(z.dtype.element_ty), mask=begin + lanes < columns)
+        tl.debug_barrier()  # every thread has read its logits
+        tl.store(dz + begin + lanes, tl.where(y < 0, 0.0, d).to(dz.dtype.element_ty), mask=begin + lanes < columns)
 
 
 @triton.jit
@@ -171,7 +177,7 @@ def _finish(
     begin, end = tl.load(offsets), tl.load(offsets + 1)
     rows = (begin + tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < end
-    smoothing = tl.cast(label_smoothing, acc)
+    smoothing = _number(label_smoothing, acc)
     largest = tl.full([ROWS], float("-inf"), acc)
     for part in range(0, splits):
         largest = tl.maximum(largest, tl.load(partials + part * n + rows, mask=inside, other=0.0))
@@ -184,7 +190,7 @@ def _finish(
         total += tl.load(at + 2 * splits * n, mask=inside, other=0.0)
         of_target += tl.load(at + 3 * splits * n, mask=inside, other=0.0)
     lse = largest + tl.log(sum)
-    loss = lse - (1 - smoothing) * of_target - smoothing * total / columns + tl.cast(z_loss, acc) * lse * lse
+    loss = lse - (1 - smoothing) * of_target - smoothing * total / columns + _number(z_loss, acc) * lse * lse
     tokens = tl.load(order + rows, mask=inside, other=0)
     tl.store(lse_of + rows, lse, mask=inside)
     if HEAD:
@@ -203,8 +209,8 @@ def _dz(z, lse_of, order, column, grad, rows, end, at, columns, label_smoothing,
     y = tl.load(column + tokens, mask=inside, other=-1)
     g = tl.load(grad + tokens, mask=inside, other=0.0).to(acc)
     lse = tl.load(lse_of + rows, mask=inside, other=0.0)
-    smoothing = tl.cast(label_smoothing, acc)
-    p = tl.exp(z - lse[:, None]) * (1 + 2 * tl.cast(z_loss, acc) * lse)[:, None]
+    smoothing = _number(label_smoothing, acc)
+    p = tl.exp(z - lse[:, None]) * (1 + 2 * _number(z_loss, acc) * lse)[:, None]
     d = g[:, None] * (p - tl.where(at[None, :] == y[:, None], 1 - smoothing, 0.0) - smoothing / columns)
     return tl.where((y >= 0)[:, None] & (at < columns)[None, :], d, 0.0)
 
@@ -335,8 +341,9 @@ class _Softmax:
     """A softmax as the kernels take it, its gradients to be filled, and the rows of its tokens."""
 
     def __init__(self, softmax, gradients, order, offsets, column, acc, workspace):
-        self.weights = [w if w.stride(1) == 1 and w.stride(0) == w.shape[1] else w.contiguous() for w in softmax.weights]
-        self.projection, self.gradients = softmax.projection, gradients
+        self.weights = [_readable(w).contiguous() for w in softmax.weights]
+        self.projection = None if softmax.projection is None else _readable(softmax.projection)
+        self.gradients = gradients
         self.order, self.offsets, self.column, self.acc = order, offsets, column, acc
         sizes = [len(w) for w in self.weights]
         self.split, self.columns, self.width, self.n = sizes[0], sum(sizes), self.weights[0].shape[1], len(column)
@@ -349,7 +356,9 @@ class _Softmax:
         # Partial sums of dh must not outgrow the workspace.
         most = max(1, workspace // max(1, self.n * self.width * acc.itemsize))
         self.splits = min(triton.cdiv(self.columns, SPLIT), most)
-        self.length = triton.cdiv(triton.cdiv(self.columns, self.splits), COLUMNS) * COLUMNS
+        # Products in full fp32 run without tensor cores, and hold their operands in registers.
+        self.tile = 64 if self.weights[0].element_size() == 2 else 32
+        self.length = triton.cdiv(triton.cdiv(self.columns, self.splits), self.tile) * self.tile
         self.splits = triton.cdiv(self.columns, self.length)
         self.precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -358,15 +367,18 @@ class _Softmax:
         return self.weights[0], self.weights[-1], bias
 
     def flags(self):
-        block = min(64, max(16, triton.next_power_of_2(self.width)))
         return dict(
-            WIDTH=self.width, BK=block, ROWS=ROWS, COLUMNS=COLUMNS, HAS_BIAS=self.bias is not None,
+            WIDTH=self.width, BK=self.depth(self.width), ROWS=self.tile, COLUMNS=self.tile, HAS_BIAS=self.bias is not None,
             PIECES=len(self.weights), PRECISION=self.precision,
         )  # fmt: skip
 
+    def depth(self, width):
+        """Features that a product takes at a time."""
+        return min(self.tile, max(16, triton.next_power_of_2(width)))
+
     def features(self):
         """Features of a tile of gradients, and the warps that hold it."""
-        block = min(256, max(16, triton.next_power_of_2(self.width)))
+        block = min(4 * self.tile, max(16, triton.next_power_of_2(self.width)))
         return dict(BD=block, num_warps=8 if block > 64 else 4)
 
     def hidden(self, x):
@@ -376,7 +388,7 @@ class _Softmax:
         h = x.new_empty(self.n, self.width)
         _project[(_programs(x),)](
             x, self.projection, h, self.order, self.offsets, self.width, self.projection.stride(1),
-            self.projection.stride(0), K=x.shape[1], BK=64, ROWS=ROWS, COLUMNS=COLUMNS, GATHER=True,
+            self.projection.stride(0), K=x.shape[1], BK=self.depth(x.shape[1]), ROWS=self.tile, COLUMNS=self.tile, GATHER=True,
             PRECISION=self.precision, acc=_type(self.acc),
         )  # fmt: skip
         return h
@@ -400,7 +412,7 @@ class _Softmax:
         problem = (h, *self.tables(), self.order, self.offsets, self.column, grad, lse)
         smoothing = (options.label_smoothing, options.z_loss)
         if any(d is not None for d in (*d_weights, *self.gradients.biases)):
-            grid = (triton.cdiv(self.columns, COLUMNS), triton.cdiv(self.width, self.features()["BD"]))
+            grid = (triton.cdiv(self.columns, self.tile), triton.cdiv(self.width, self.features()["BD"]))
             addresses = [lse if d is None else d for d in (d_weights[0], d_weights[-1], self.d_bias)]
             _weight_gradient[grid](
                 *problem, *addresses, self.split, self.columns, *smoothing, NEED_WEIGHT=d_weights[0] is not None,
@@ -427,15 +439,15 @@ class _Softmax:
         p, d_projection = self.projection, self.gradients.projection
         rows = (self.order, self.offsets)
         if d_projection is not None:
-            grid = (triton.cdiv(self.width, COLUMNS), triton.cdiv(x.shape[1], COLUMNS))
+            grid = (triton.cdiv(self.width, self.tile), triton.cdiv(x.shape[1], self.tile))
             _projection_gradient[grid](
-                dh, x, d_projection, *rows, self.width, x.shape[1], *d_projection.stride(), ROWS=ROWS, COLUMNS=COLUMNS,
+                dh, x, d_projection, *rows, self.width, x.shape[1], *d_projection.stride(), ROWS=self.tile, COLUMNS=self.tile,
                 PRECISION=self.precision,
             )  # fmt: skip
         if dx is not None:
             _project[(_programs(dh),)](
-                dh, p, dx, *rows, x.shape[1], *p.stride(), K=self.width, BK=self.flags()["BK"], ROWS=ROWS,
-                COLUMNS=COLUMNS, GATHER=False, PRECISION=self.precision, acc=_type(self.acc),
+                dh, p, dx, *rows, x.shape[1], *p.stride(), K=self.width, BK=self.depth(self.width), ROWS=self.tile,
+                COLUMNS=self.tile, GATHER=False, PRECISION=self.precision, acc=_type(self.acc),
             )  # fmt: skip
 
     def store_bias_gradients(self):
@@ -447,41 +459,48 @@ class _Softmax:
 
     def blocks(self, x, grad, nll, dx, options):
         """The head in training: all the rows, in blocks through a workspace of logits."""
-        d_weights, d_biases, d_projection = self.gradients
         stride = triton.cdiv(self.columns, 64) * 64
-        rows = max(1, options.workspace // (stride * x.element_size()))
+        rows = max(1, options.workspace // (stride * self.acc.itemsize))
         rows = min(self.n, rows // 128 * 128 or rows)
-        z = x.new_empty(rows, stride)
-        parts = x.split(rows), self.column.split(rows), grad.split(rows), nll.split(rows)
-        for i, (block, column, g, losses) in enumerate(zip(*parts, strict=True)):
-            logits, keep = z[: len(block), : self.columns], int(i > 0)
+        memory = x.new_empty(rows, stride, dtype=self.acc)
+        dxs = [None] * triton.cdiv(self.n, rows) if dx is None else dx.split(rows)
+        parts = x.split(rows), self.column.split(rows), grad.split(rows), nll.split(rows), dxs
+        for i, (block, column, g, losses, block_dx) in enumerate(zip(*parts, strict=True)):
             h = block if self.projection is None else block @ self.projection.t()
-            pieces = logits.split([len(w) for w in self.weights], 1)
-            for w, piece in zip(self.weights, pieces, strict=True):
-                torch.mm(h, w.t(), out=piece)
-            self.rows_in_place(logits, column, g, losses, options)
-            for d_weight, d_bias, dz in zip(d_weights, d_biases, pieces, strict=True):
-                if d_weight is not None:
-                    _product(d_weight, dz.t(), h, keep)
-                if d_bias is not None:
-                    torch.add(d_bias if keep else 0.0, dz.sum(0, dtype=self.acc), out=d_bias)
-            dh = nll.new_empty(h.shape)
-            for j, (w, dz) in enumerate(zip(self.weights, pieces, strict=True)):
-                _product(dh, dz, w, int(j > 0))
-            dh_low = dh.to(h.dtype)
-            if d_projection is not None:
-                _product(d_projection, dh_low.t(), block, keep)
-            if dx is not None and self.projection is None:
-                dx[i * rows : i * rows + len(block)] = dh
-            elif dx is not None:
-                _product(dx[i * rows : i * rows + len(block)], dh_low, self.projection, 0)
+            z = memory[: len(block), : self.columns]
+            for w, piece in zip(self.weights, self.pieces(z), strict=True):
+                _product(piece, h, w.t(), 0)
+            dz = memory.view(x.dtype)[: len(block), : self.columns]
+            self.rows_in_place(z, dz, column, g, losses, options)
+            self.block_gradients(block, h, self.pieces(dz), block_dx, keep=int(i > 0))
 
-    def rows_in_place(self, z, column, grad, nll, options):
-        single = self.columns <= SINGLE_READ
-        block = triton.next_power_of_2(self.columns) if single else 4096
+    def pieces(self, z):
+        return z.split([len(w) for w in self.weights], 1)
+
+    def block_gradients(self, x, h, dz, dx, keep):
+        d_weights, d_biases, d_projection = self.gradients
+        for d_weight, d_bias, piece in zip(d_weights, d_biases, dz, strict=True):
+            if d_weight is not None:
+                _product(d_weight, piece.t(), h, keep)
+            if d_bias is not None:
+                sums = piece.sum(0, dtype=self.acc)
+                d_bias.copy_(d_bias + sums if keep else sums)
+        if dx is None and d_projection is None:
+            return
+        dh = dx if self.projection is None else h.new_empty(h.shape, dtype=self.acc)
+        for i, (w, piece) in enumerate(zip(self.weights, dz, strict=True)):
+            _product(dh, piece, w, int(i > 0))
+        if d_projection is not None:
+            _product(d_projection, dh.to(x.dtype).t(), x, keep)
+        if dx is not None and self.projection is not None:
+            _product(dx, dh.to(x.dtype), self.projection, 0)
+
+    def rows_in_place(self, z, dz, column, grad, nll, options):
+        block = min(4096, triton.next_power_of_2(self.columns))
         _rows_in_place[(len(z),)](
-            z, self.tables()[2], column, grad, nll, self.columns, z.stride(0), options.label_smoothing, options.z_loss,
-            BLOCK=block, SINGLE=single, HAS_BIAS=self.bias is not None, num_warps=max(4, min(32, block // 1024)),
+            z, dz, nll if self.bias is None else self.bias, column, grad, nll, self.columns, z.stride(0), dz.stride(0),
+            options.label_smoothing, options.z_loss, BLOCK=block, HAS_BIAS=self.bias is not None,
+            num_warps=8 if block > 1024 else 4,
         )  # fmt: skip
 
 
@@ -493,6 +512,11 @@ def _product(out, a, b, keep):
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=keep, out=out)
     else:  # the interpreter
         out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=keep)
+
+
+def _readable(x):
+    """The interpreter computes wrongly in bf16."""
+    return x.float() if x.dtype == torch.bfloat16 and INTERPRETED else x
 
 
 def _type(dtype):
@@ -521,7 +545,7 @@ def run(grad, x, target, softmaxes, gradients, nll, dx, options):
     """Fills ``nll``, and with ``grad`` the gradients and ``dx``; one that is not wanted is None. Returns the target's
     column in the head of each token, -2 for a target that is no class."""
     n, acc, scale = len(x), nll.dtype, None
-    target, x = target.contiguous(), x.contiguous()
+    target, x = target.contiguous(), _readable(x).contiguous()
     head, tail, order, offsets = sort(target, options)
     if grad is not None and x.dtype == torch.float16:
         # dz keeps its digits in fp16 at a size of 1; the gradients, in fp32, take the rest.

@@ -1,6 +1,8 @@
 """Drop-in modules built from the ops."""
 
+from par_xl.nn.adaptive_cutoffs import adaptive_cutoffs
 from par_xl.nn.adaptive_softmax import AdaptiveLogSoftmaxWithLoss, ProjectedAdaptiveLogSoftmax
+from par_xl.nn.adaptive_cutoffs import adaptive_cutoffs
 from par_xl.nn.adaptive_softmax import AdaptiveLogSoftmaxWithLoss, ProjectedAdaptiveLogSoftmax
 from par_xl.nn.dropout import EmbeddingDropout, LockedDropout, WeightDrop
 from par_xl.nn.regularization import ActivationRegularization
@@ -12,4 +14,5 @@ __all__ = [
     "LockedDropout",
     "ProjectedAdaptiveLogSoftmax",
     "WeightDrop",
+    "adaptive_cutoffs",
 ]

@@ -28,17 +28,19 @@ GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 28 << 20  # bytes of logits at a time;
 
 
 def _loss(z: Tensor, target: Tensor, options: Options) -> Tensor:
-    lse, smoothing = z.logsumexp(1), options.label_smoothing
+    z, smoothing = z.to(_wide(z)), options.label_smoothing
+    lse = z.logsumexp(1)
     of_target = z.gather(1, target[:, None])[:, 0]
     return lse - (1 - smoothing) * of_target - smoothing * z.mean(1) + options.z_loss * lse.square()
 
 
 def adaptive_nll_reference(x: Tensor, target: Tensor, tables: Tables, options: Options) -> Tensor:
-    """The specification, in plain PyTorch: ``(N, d)`` and ``(N,)`` in, ``(N,)`` out, in fp32 (fp64 for fp64)."""
+    """The specification, in plain PyTorch: ``(N, d)`` and ``(N,)`` in, ``(N,)`` out, in fp32 (fp64 for fp64).
+
+    The matrix products round to the tables' dtype, as PyTorch's do; all else is in fp32.
+    """
     ends, wide = options.ends, _wide(x)
-    converted = unflatten([None if t is None else t.to(wide) for t in tables.flat()], len(ends))
-    head, *tails = softmaxes(converted, ends, tables.cluster_weight is not None)
-    x = x.to(wide)
+    head, *tails = softmaxes(tables, ends, tables.cluster_weight is not None)
     ignored = target == options.ignore_index
     outside = ((target < 0) | (target >= ends[-1])) & ~ignored
     column = target.masked_fill(ignored | outside, 0)
