@@ -118,7 +118,9 @@ def _tile(
     z = tl.zeros([rows.shape[0], at.shape[0]], acc)
     for k in range(0, WIDTH, BK):
         inside = k + lanes < WIDTH
-        a = tl.load(h + rows[:, None] * WIDTH + k + lanes[None, :], mask=(rows < end)[:, None] & inside[None, :], other=0.0)
+        a = tl.load(
+            h + rows[:, None] * WIDTH + k + lanes[None, :], mask=(rows < end)[:, None] & inside[None, :], other=0.0
+        )
         b = tl.load(w[None, :] + k + lanes[:, None], mask=(at < columns)[None, :] & inside[:, None], other=0.0)
         z = tl.dot(a, b, z, input_precision=PRECISION, out_dtype=acc)
     if HAS_BIAS:
@@ -154,7 +156,9 @@ def _log_sum(
         of_target = tl.zeros([ROWS], acc)
         for c in range(part * length, tl.minimum(part * length + length, columns), COLUMNS):
             at = c + tl.arange(0, COLUMNS)
-            z = _tile(h, weight, cluster, bias, rows, end, at, split, columns, WIDTH, BK, HAS_BIAS, PIECES, PRECISION, acc)
+            z = _tile(
+                h, weight, cluster, bias, rows, end, at, split, columns, WIDTH, BK, HAS_BIAS, PIECES, PRECISION, acc
+            )
             top = tl.maximum(largest, tl.max(z, 1))
             sum = sum * tl.exp(largest - top) + tl.sum(tl.exp(z - top[:, None]), 1)
             largest = top
@@ -232,7 +236,9 @@ def _hidden_gradient(
         dh = tl.zeros([ROWS, BD], acc)
         for c in range(part * length, tl.minimum(part * length + length, columns), COLUMNS):
             at = c + tl.arange(0, COLUMNS)
-            z = _tile(h, weight, cluster, bias, rows, end, at, split, columns, WIDTH, BK, HAS_BIAS, PIECES, PRECISION, acc)
+            z = _tile(
+                h, weight, cluster, bias, rows, end, at, split, columns, WIDTH, BK, HAS_BIAS, PIECES, PRECISION, acc
+            )
             d = _dz(z, lse_of, order, column, grad, rows, end, at, columns, label_smoothing, z_loss, acc)
             w = _piece(weight, cluster, at, split, WIDTH, PIECES)[:, None] + features[None, :]
             w = tl.load(w, mask=(at < columns)[:, None] & (features < WIDTH)[None, :], other=0.0)
@@ -260,7 +266,9 @@ def _weight_gradient(
         z = _tile(h, weight, cluster, bias, rows, end, at, split, columns, WIDTH, BK, HAS_BIAS, PIECES, PRECISION, acc)
         d = _dz(z, lse_of, order, column, grad, rows, end, at, columns, label_smoothing, z_loss, acc)
         hidden = tl.load(
-            h + rows[:, None] * WIDTH + features[None, :], mask=(rows < end)[:, None] & (features < WIDTH)[None, :], other=0.0
+            h + rows[:, None] * WIDTH + features[None, :],
+            mask=(rows < end)[:, None] & (features < WIDTH)[None, :],
+            other=0.0,
         )
         dw = tl.dot(tl.trans(d).to(hidden.dtype), hidden, dw, input_precision=PRECISION, out_dtype=acc)
         db += tl.sum(d, 0)
@@ -329,12 +337,16 @@ def _projection_gradient(
     for r in range(begin, end, ROWS):
         rows = (r + tl.arange(0, ROWS)).to(tl.int64)
         tokens = tl.load(order + rows, mask=rows < end, other=0)
-        left = tl.load(dh + rows[None, :] * width + i[:, None], mask=(rows < end)[None, :] & (i < width)[:, None], other=0.0)
+        left = tl.load(
+            dh + rows[None, :] * width + i[:, None], mask=(rows < end)[None, :] & (i < width)[:, None], other=0.0
+        )
         right = tl.load(
             x + tokens[:, None] * features + j[None, :], mask=(rows < end)[:, None] & (j < features)[None, :], other=0.0
         )
         sum = tl.dot(left, right, sum, input_precision=PRECISION, out_dtype=acc)
-    tl.store(dp + i[:, None] * stride_w + j[None, :] * stride_f, sum, mask=(i < width)[:, None] & (j < features)[None, :])
+    tl.store(
+        dp + i[:, None] * stride_w + j[None, :] * stride_f, sum, mask=(i < width)[:, None] & (j < features)[None, :]
+    )
 
 
 class _Softmax:
@@ -398,7 +410,7 @@ class _Softmax:
         partials, lse = nll.new_empty(4, self.splits, self.n), torch.empty_like(nll)
         _log_sum[(_programs(h),)](
             h, *self.tables(), self.order, self.offsets, self.column, partials, self.n, self.split, self.columns,
-            self.length, self.splits, **self.flags(),
+            self.length, self.splits, **self.flags(), num_warps=8,
         )  # fmt: skip
         _finish[(triton.cdiv(self.n, 128),)](
             partials, self.order, self.offsets, self.column, lse, nll, self.n, self.columns, self.splits,
@@ -496,7 +508,7 @@ class _Softmax:
             _product(dx, dh.to(x.dtype), self.projection, 0)
 
     def rows_in_place(self, z, dz, column, grad, nll, options):
-        block = min(4096, triton.next_power_of_2(self.columns))
+        block = min(2048, triton.next_power_of_2(self.columns))
         _rows_in_place[(len(z),)](
             z, dz, nll if self.bias is None else self.bias, column, grad, nll, self.columns, z.stride(0), dz.stride(0),
             options.label_smoothing, options.z_loss, BLOCK=block, HAS_BIAS=self.bias is not None,
@@ -536,7 +548,17 @@ def sort(target, options):
     offsets = target.new_empty(tails + 1, dtype=torch.int32)
     ends = torch.tensor([*options.ends, options.ends[-1]]).to(target.device, non_blocking=True)
     _sort[(max(tails, 1),)](
-        target, ends, head, tail, order, offsets, n, tails, options.ignore_index, DESCENDING=options.descending, BLOCK=1024
+        target,
+        ends,
+        head,
+        tail,
+        order,
+        offsets,
+        n,
+        tails,
+        options.ignore_index,
+        DESCENDING=options.descending,
+        BLOCK=1024,
     )
     return head, tail, order, offsets
 

@@ -17,7 +17,7 @@ V, CUTOFFS = 97, [30, 50]
 
 
 def targets(tokens, spread):
-    """Targets of every kind: "zipf" over all classes, all in one "tail", "head" alone, all or some of them "ignored"."""
+    """Targets of every kind: over all classes "uniform" or "zipf", all in one "tail", all in the "head", all "ignored"."""
     generator = torch.Generator().manual_seed(1)
     if spread == "zipf":
         return torch.multinomial(1 / torch.arange(1.0, V + 1), tokens, replacement=True, generator=generator)
@@ -124,7 +124,9 @@ class TestAdaptiveNLL(OpChecks):
     def test_ignore_index(self, ignore_index, backend, device):
         """Anywhere, inside the vocabulary too: what is left is as if the ignored tokens were not there."""
         inputs = {**self.first_case(torch.float32, device), "ignore_index": ignore_index, "reduction": "mean"}
-        inputs["target"] = torch.where(torch.arange(21, device=device) % 3 == 0, ignore_index, inputs["target"] % 60 + 4)
+        inputs["target"] = torch.where(
+            torch.arange(21, device=device) % 3 == 0, ignore_index, inputs["target"] % 60 + 4
+        )
         kept = inputs["target"] != ignore_index
         fewer = {**inputs, "input": inputs["input"][kept], "target": inputs["target"][kept]}
         for got, wanted in zip(run(self.on(backend), inputs), run(self.on("eager"), fewer), strict=True):
@@ -139,7 +141,9 @@ class TestAdaptiveNLL(OpChecks):
         """Not None, which DDP waits for in vain (fairseq refuses it for that)."""
         inputs = make_inputs(torch_layout(9, spread="head", reduction="mean"), torch.float32, device)
         par_xl.adaptive_nll(**inputs, backend=backend).backward()
-        assert all((t.grad == 0).all() for t in (*inputs["weights"][1:], *inputs["projections"][1:], *inputs["biases"][1:]))
+        assert all(
+            (t.grad == 0).all() for t in (*inputs["weights"][1:], *inputs["projections"][1:], *inputs["biases"][1:])
+        )
         assert (inputs["weights"][0].grad != 0).any()
 
     @pytest.mark.parametrize("spread, tokens", [("ignored", 4), ("uniform", 0)])

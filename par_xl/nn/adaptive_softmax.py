@@ -195,7 +195,9 @@ class ProjectedAdaptiveLogSoftmax(_AdaptiveSoftmax):
             own: list[nn.Parameter | None] = [None] * (tails + 1)
         else:
             own = [
-                _shared((d_proj, width), given) if given is not None else nn.Parameter(0.01 * torch.randn(d_proj, width))
+                _shared((d_proj, width), given)
+                if given is not None
+                else nn.Parameter(0.01 * torch.randn(d_proj, width))
                 for width, given in zip(widths, projections or [None] * (tails + 1), strict=True)
             ]
         self.out_projs = nn.ParameterList(own)

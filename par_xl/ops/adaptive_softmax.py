@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from par_xl.ops import adaptive_softmax_cpu
-from par_xl.ops.adaptive_tables import Options, Tables, check, check_counts, head_column, softmax_logits, softmaxes, unflatten
+from par_xl.ops.adaptive_tables import (
+    Options,
+    Tables,
+    check,
+    check_counts,
+    head_column,
+    softmax_logits,
+    softmaxes,
+    unflatten,
+)
 from par_xl.ops.registry import Op, choose, first_derivative_only
 
 GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 28 << 20  # bytes of logits at a time; on the CPU, what stays in its cache
@@ -174,9 +183,7 @@ class AdaptiveNLL(torch.autograd.Function):
             tables = unflatten(tensors, len(ctx.options.ends))
             gradients = BACKWARD(grad, x, target, *tables, *ctx.options, needed, ctx.backend)[1]
         inputs = (x, *tensors)
-        dx, *others = [
-            g.to(t.dtype) if need else None for g, t, need in zip(gradients, inputs, needed, strict=True)
-        ]
+        dx, *others = [g.to(t.dtype) if need else None for g, t, need in zip(gradients, inputs, needed, strict=True)]
         return dx, None, None, None, None, None, *others
 
 

@@ -43,7 +43,13 @@ class _Part:
     """One softmax and its rows: all the tokens, or those given. Everything is in the arithmetic type ``wide``."""
 
     def __init__(
-        self, softmax: Softmax, gradients: Softmax, column: Tensor, tokens: Tensor | None, wide: torch.dtype, workspace: int
+        self,
+        softmax: Softmax,
+        gradients: Softmax,
+        column: Tensor,
+        tokens: Tensor | None,
+        wide: torch.dtype,
+        workspace: int,
     ):
         self.weights = [w.to(wide) for w in softmax.weights]
         self.projection = None if softmax.projection is None else softmax.projection.to(wide)
