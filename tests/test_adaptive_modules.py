@@ -1,4 +1,4 @@
-"""The adaptive softmax modules against torch's and against the published Transformer-XL and awd-lstm code, and cutoffs."""
+"""The adaptive softmax modules against torch's and the published Transformer-XL and awd-lstm code, and cutoffs."""
 
 import itertools
 import os
@@ -152,11 +152,10 @@ def test_loads_nvidia_and_hugging_face():
     kimiyoung = ProjectedAdaptiveLogSoftmax(60, 16, 16, [10, 25], 2)
     nn.init.normal_(kimiyoung.cluster_weight)
     state = kimiyoung.state_dict()
-    nvidia = {
-        k.replace("out_layers.0.", "out_layers_").replace("out_layers.1.", "out_layers_").replace("out_layers.2.", "out_layers_")
-        .replace("weight", "weights").replace("bias", "biases") + "." + k.split(".")[1] if k.startswith("out_layers") else k: v
-        for k, v in state.items()
-    }  # fmt: skip
+    kinds = {"weight": "weights", "bias": "biases"}
+    nvidia = {k: v for k, v in state.items() if not k.startswith("out_layers")}
+    for i in range(3):
+        nvidia |= {f"out_layers_{name}.{i}": state[f"out_layers.{i}.{kind}"] for kind, name in kinds.items()}
     assert "out_layers_weights.2" in nvidia and "out_layers_biases.0" in nvidia
     other = ProjectedAdaptiveLogSoftmax(60, 16, 16, [10, 25], 2)
     other.load_state_dict(nvidia)

@@ -1,9 +1,5 @@
 """adaptive_nll: the shared checks, the traps of the published implementations, memory, and the Triton machine code."""
 
-import functools
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -322,6 +318,7 @@ def test_large_logits():
 def launches():
     """What the machine-code test compiles: the head's row kernel, and both ways of a softmax, with every flag."""
     from par_xl.kernels import adaptive_softmax
+
     from par_xl.ops.adaptive_tables import Options, Tables, softmaxes
 
     n, d, ends = 256, 512, (20000, 60000)

@@ -2,8 +2,6 @@
 
 from par_xl.nn.adaptive_cutoffs import adaptive_cutoffs
 from par_xl.nn.adaptive_softmax import AdaptiveLogSoftmaxWithLoss, ProjectedAdaptiveLogSoftmax
-from par_xl.nn.adaptive_cutoffs import adaptive_cutoffs
-from par_xl.nn.adaptive_softmax import AdaptiveLogSoftmaxWithLoss, ProjectedAdaptiveLogSoftmax
 from par_xl.nn.dropout import EmbeddingDropout, LockedDropout, WeightDrop
 from par_xl.nn.regularization import ActivationRegularization
 

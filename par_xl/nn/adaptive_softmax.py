@@ -1,6 +1,7 @@
 """Adaptive softmax modules: torch.nn's and Transformer-XL's, on :func:`par_xl.adaptive_nll`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,14 +130,18 @@ class AdaptiveLogSoftmaxWithLoss(_AdaptiveSoftmax, nn.AdaptiveLogSoftmaxWithLoss
         _check_widths(in_features, div_value, len(cutoffs))
         super().__init__(in_features, n_classes, cutoffs, div_value, head_bias, device, dtype)
         if tail_bias:
-            for projection in self.tail:
+            tails: Any = self.tail
+            for projection in tails:
                 out = projection[1]
                 projection[1] = nn.Linear(out.in_features, out.out_features, device=device, dtype=dtype)
         self._set_options(order, ignore_index, reduction, label_smoothing, z_loss, backend)
 
     def tables(self) -> Tables:
-        layers = [self.head, *(tail[1] for tail in self.tail)]
-        projections = [None, *(tail[0].weight for tail in self.tail)]
+        layers: list[Any] = [self.head]
+        projections: list[Tensor | None] = [None]
+        for projection, layer in self.tail:  # type: ignore[misc]
+            layers.append(layer)
+            projections.append(projection.weight)
         return Tables([layer.weight for layer in layers], [layer.bias for layer in layers], projections)
 
     def forward(self, input_: Tensor, target_: Tensor) -> _ASMoutput:
@@ -217,7 +222,8 @@ class ProjectedAdaptiveLogSoftmax(_AdaptiveSoftmax):
             options: as in the constructor.
         """
         n_token, d = decoder.weight.shape
-        made = cls(n_token, d, d, splits, weights=[decoder.weight], **options)
+        weights: Any = [decoder.weight]
+        made = cls(n_token, d, d, splits, weights=weights, **options)
         made.out_layers[0].bias = decoder.bias
         if splits and tail_vectors is not None and tail_bias is not None:
             made.cluster_weight.data.copy_(tail_vectors)
@@ -225,7 +231,8 @@ class ProjectedAdaptiveLogSoftmax(_AdaptiveSoftmax):
         return made
 
     def tables(self) -> Tables:
-        layers, tails = self.out_layers, len(self.cutoffs) > 1
+        layers: list[Any] = list(self.out_layers)
+        tails = len(self.cutoffs) > 1
         return Tables(
             [layer.weight for layer in layers],
             [layer.bias for layer in layers],

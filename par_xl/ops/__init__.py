@@ -4,7 +4,6 @@ Each file reads top to bottom: maths, reference, schema and fake, backends, auto
 """
 
 from par_xl.ops.adaptive_softmax import AdaptiveNLL, adaptive_nll
-from par_xl.ops.adaptive_softmax import AdaptiveNLL, adaptive_nll
 from par_xl.ops.ar_tar import ArTarLoss, ar_tar_loss
 from par_xl.ops.registry import backends, build_info, use_backend
 

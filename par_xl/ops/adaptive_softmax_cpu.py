@@ -98,7 +98,7 @@ class _Part:
             return
         block_dx = None if dx is None else dx[span] if tokens is None else torch.empty_like(block_x)
         self._differentiate(z, h, block_x, block_dx, keep=float(begin > 0))
-        if dx is not None and tokens is not None:
+        if dx is not None and tokens is not None and block_dx is not None:
             dx.index_add_(0, tokens, block_dx)
 
     def _differentiate(self, dz: Tensor, h: Tensor, x: Tensor, dx: Tensor | None, keep: float) -> None:
@@ -111,7 +111,7 @@ class _Part:
                 d_bias.add_(dz[:, span].sum(0))
         if dx is None and d_projection is None:
             return
-        dh = dx if self.projection is None else torch.empty_like(h)
+        dh = dx if self.projection is None and dx is not None else torch.empty_like(h)
         for i, (weight, span) in enumerate(zip(self.weights, self.spans, strict=True)):
             dh.addmm_(dz[:, span], weight, beta=float(i > 0))
         if d_projection is not None:

@@ -45,7 +45,7 @@ class Options(NamedTuple):
     z_loss: float
     workspace: int
 
-    def target_error(self, target: int) -> ValueError:
+    def target_error(self, target: float) -> ValueError:
         allowed = f"between 0 and {self.ends[-1] - 1} or be ignore_index {self.ignore_index}"
         return ValueError(f"target must lie {allowed}, not {target}")
 
