@@ -86,6 +86,18 @@ PYBIND11_MODULE(_C, m) {
         const Heads d_keys_values[] = {heads(d[0]), heads(d[1]), heads(d[2]), heads(d[3])};
         CPU(rel_attention_backward)(p, threads, at(workspace), heads(grad), heads(dq), d_keys_values, at(dr), at(d_biases));
     }, nogil());
+
+    m.def("adaptive_buckets_cpu", [](Address target, int64_t tokens, Address ends, int64_t tails, bool descending,
+                                     int64_t ignore_index, Address head_column, Address tail_column, Address order,
+                                     Address offsets) {
+        return CPU(adaptive_buckets)({at<const int64_t>(target), at<const int64_t>(ends), tokens, tails, ignore_index, descending,
+                                      at<int64_t>(head_column), at<int64_t>(tail_column), at<int64_t>(order), at<int64_t>(offsets)});
+    }, nogil());
+    m.def("adaptive_rows_cpu", [](Address logits, int64_t rows, int64_t columns, int64_t stride, Address bias, Address tokens,
+                                  Address column, Address grad, Address nll, double label_smoothing, double z_loss, int dtype) {
+        CPU(adaptive_rows)({at(logits), rows, columns, stride, at(bias), at<const int64_t>(tokens), at<const int64_t>(column),
+                            at(grad), at(nll), label_smoothing, z_loss, DType(dtype)});
+    }, nogil());
 #if PAR_XL_CUDA
     m.def("ar_tar_parts_cuda", &cuda::ar_tar_parts);
     m.def("ar_tar_forward_cuda", [](const ArTar& p, double alpha, double beta, Address sums, Address loss, Address scale, Address stream) {

@@ -44,6 +44,29 @@ struct RelAttentionCut {
     int64_t threads, workspace, parts;
 };
 
+// Which softmaxes the tokens of an adaptive softmax pass; see par_xl/ops/adaptive_softmax.py. Arrays are by token unless
+// said otherwise.
+struct AdaptiveBuckets {
+    const int64_t *target, *ends;  // ends (tails + 1): the first class after the head and after each tail
+    int64_t tokens, tails, ignore_index;
+    bool descending;                   // the head's column of the first tail is its last one
+    int64_t *head_column, *tail_column;  // the target's column in the head and in its tail; -1 for none
+    int64_t *order, *offsets;            // order[offsets[i] .. offsets[i + 1]]: the tokens of tail i, in their order
+};
+
+// A block of rows of one softmax of it: logits become the gradient of the rows' loss in place, if that is wanted.
+struct AdaptiveRows {
+    void* logits;  // (rows, columns)
+    int64_t rows, columns, stride;
+    const void* bias;        // (columns) or nullptr
+    const int64_t* tokens;   // the token of each row, or nullptr: row i is token i
+    const int64_t* column;   // by token: the target's column; -1: no loss
+    const void* grad;        // by token, or nullptr: no gradient is wanted
+    void* nll;               // by token; the rows' losses are added to it
+    double label_smoothing, z_loss;
+    DType dtype;  // f32 or f64, of everything
+};
+
 }  // namespace par_xl
 
 // C++ kernels are compiled once per instruction set, each copy in a namespace of its own.
@@ -58,7 +81,10 @@ struct RelAttentionCut {
     /* d_keys_values: those of k, v, k_memory, v_memory. To be summed over the parts, with width padded to 16:          \
        dr (parts, heads, positions, width) and d_biases (parts, heads, 2, width) */            \
     void rel_attention_backward(const RelAttention& p, int64_t threads, void* workspace, Heads grad, Heads dq, \
-                                const Heads* d_keys_values, void* dr, void* d_biases);
+                                const Heads* d_keys_values, void* dr, void* d_biases); \
+    /* -1, or the first token whose target is no class */                                      \
+    int64_t adaptive_buckets(const AdaptiveBuckets& p);                                        \
+    void adaptive_rows(const AdaptiveRows& p);
 
 namespace par_xl::base { PAR_XL_CPU_KERNELS }
 #if PAR_XL_X86

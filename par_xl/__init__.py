@@ -4,7 +4,28 @@ Importing ``par_xl`` imports torch and the compiled extension, and neither trito
 """
 
 from par_xl import nn
-from par_xl.ops import ArTarLoss, RelAttention, ar_tar_loss, backends, build_info, rel_attention, use_backend
+from par_xl.ops import (
+    AdaptiveNLL,
+    ArTarLoss,
+    RelAttention,
+    adaptive_nll,
+    ar_tar_loss,
+    backends,
+    build_info,
+    rel_attention,
+    use_backend,
+)
 
 __version__ = "0.1.0"
-__all__ = ["ArTarLoss", "RelAttention", "ar_tar_loss", "backends", "build_info", "nn", "rel_attention", "use_backend"]
+__all__ = [
+    "AdaptiveNLL",
+    "ArTarLoss",
+    "RelAttention",
+    "adaptive_nll",
+    "ar_tar_loss",
+    "backends",
+    "build_info",
+    "nn",
+    "rel_attention",
+    "use_backend",
+]

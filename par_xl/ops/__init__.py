@@ -3,8 +3,19 @@
 Each file reads top to bottom: maths, reference, schema and fake, backends, autograd.Function, public function.
 """
 
+from par_xl.ops.adaptive_softmax import AdaptiveNLL, adaptive_nll
 from par_xl.ops.ar_tar import ArTarLoss, ar_tar_loss
 from par_xl.ops.registry import backends, build_info, use_backend
 from par_xl.ops.rel_attention import RelAttention, rel_attention
 
-__all__ = ["ArTarLoss", "RelAttention", "ar_tar_loss", "backends", "build_info", "rel_attention", "use_backend"]
+__all__ = [
+    "AdaptiveNLL",
+    "ArTarLoss",
+    "RelAttention",
+    "adaptive_nll",
+    "ar_tar_loss",
+    "backends",
+    "build_info",
+    "rel_attention",
+    "use_backend",
+]

@@ -1,0 +1,323 @@
+"""Adaptive softmax: the negative log-likelihood of each token, without the logits in memory.
+
+The head is a softmax over the most frequent classes and one column for each of K tails; tail c is a softmax over its own
+classes. With z = W P x + b for the weights, the projection and the biases of one softmax of C columns, and y its target:
+
+    nll(token) = loss(head; y, or the column of tail c) + [the target is in tail c] loss(tail c; y - first class of c)
+    loss(z; y) = (1 - s) (lse - z_y) + s (lse - mean(z)) + w lse^2,   lse = log sum_c exp(z_c)
+    dz_c       = g (softmax(z)_c (1 + 2 w lse) - (1 - s) [c = y] - s / C)
+
+with label smoothing s, z-loss w and g the gradient of the token's nll. The gradient of a sum or a mean is known before
+the loss is: then one pass makes the logits once and takes both from them. Otherwise the backward makes them again.
+
+Grave et al.: Efficient softmax approximation for GPUs (arXiv 1609.04309). Label smoothing and z-loss stay within a
+softmax, as in fairseq's adaptive loss: smoothing over all classes would need every tail for every token.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from par_xl.ops import adaptive_softmax_cpu
+from par_xl.ops.adaptive_tables import (
+    Options,
+    Tables,
+    check,
+    check_counts,
+    head_column,
+    softmax_logits,
+    softmaxes,
+    unflatten,
+)
+from par_xl.ops.registry import Op, choose, first_derivative_only
+
+GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 28 << 20  # bytes of logits at a time; on the CPU, what stays in its cache
+
+
+def _loss(z: Tensor, target: Tensor, options: Options) -> Tensor:
+    z, smoothing = z.to(_wide(z)), options.label_smoothing
+    lse = z.logsumexp(1)
+    of_target = z.gather(1, target[:, None])[:, 0]
+    return lse - (1 - smoothing) * of_target - smoothing * z.mean(1) + options.z_loss * lse.square()
+
+
+def adaptive_nll_reference(x: Tensor, target: Tensor, tables: Tables, options: Options) -> Tensor:
+    """The specification, in plain PyTorch: ``(N, d)`` and ``(N,)`` in, ``(N,)`` out, in fp32 (fp64 for fp64).
+
+    The matrix products round to the tables' dtype, as PyTorch's do; all else is in fp32.
+    """
+    ends, wide = options.ends, _wide(x)
+    head, *tails = softmaxes(tables, ends, tables.cluster_weight is not None)
+    ignored = target == options.ignore_index
+    outside = ((target < 0) | (target >= ends[-1])) & ~ignored
+    column = target.masked_fill(ignored | outside, 0)
+    nll = torch.zeros_like(target, dtype=wide)
+    for i, softmax in enumerate(tails):
+        inside = (target >= ends[i]) & (target < ends[i + 1]) & ~ignored
+        column = torch.where(inside, head_column(i, ends, options.descending), column)
+        # An empty tail passes through as well: its parameters then have zero gradients, not none.
+        rows = inside.nonzero()[:, 0]
+        nll = nll.index_add(0, rows, _loss(softmax_logits(x[rows], softmax), target[rows] - ends[i], options))
+    nll = nll + _loss(softmax_logits(x, head), column, options)
+    return nll.masked_fill(ignored, 0.0).masked_fill(outside, torch.nan)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake_forward(x, *_):
+    return x.new_empty(x.shape[0], dtype=_wide(x))
+
+
+def _fake_backward(grad, x, target, weights, biases, projections, cluster_weight, cluster_bias, *others):
+    needed, wide = others[-2], _wide(x)
+    inputs = (x, *weights, *biases, *projections, cluster_weight, cluster_bias)
+    gradients = [
+        torch.empty_like(t, dtype=wide) if need else x.new_empty(0, dtype=wide)
+        for t, need in zip(inputs, needed, strict=True)
+    ]
+    return _fake_forward(x), gradients
+
+
+# The backward takes the gradient of every token's nll, and returns the nll as well as the gradients of x, weights,
+# biases, projections, cluster_weight and cluster_bias, in fp32 (fp64 for fp64), empty where they are not needed.
+_INPUTS = (
+    "Tensor x, Tensor target, Tensor[] weights, Tensor?[] biases, Tensor?[] projections, Tensor? cluster_weight,"
+    " Tensor? cluster_bias, int[] ends, bool descending, int ignore_index, float label_smoothing, float z_loss,"
+    " int workspace"
+)
+FORWARD = Op(f"adaptive_nll_forward({_INPUTS}, str backend) -> Tensor nll", _fake_forward)
+BACKWARD = Op(
+    f"adaptive_nll_backward(Tensor grad, {_INPUTS}, bool[] needed, str backend) -> (Tensor nll, Tensor[] gradients)",
+    _fake_backward,
+)
+
+
+def _prepared(run: Callable, grad: Tensor | None, x: Tensor, target: Tensor, *inputs: Any) -> tuple[Tensor, list]:
+    """Call ``run`` with the softmaxes as views and with the outputs to be filled."""
+    tables, options, needed = Tables(*inputs[:5]), Options(*inputs[5:11]), inputs[11]
+    nll, gradients = _fake_backward(grad, x, target, *inputs, None)
+    separate = tables.cluster_weight is not None
+    wanted = [g if need else None for g, need in zip(gradients, needed, strict=True)]
+    parameters = softmaxes(tables, options.ends, separate)
+    outputs = softmaxes(unflatten(wanted[1:], len(options.ends)), options.ends, separate)
+    with torch.autocast(x.device.type, enabled=False):
+        run(grad, x, target, parameters, outputs, nll, wanted[0], options)
+    return nll, gradients
+
+
+@FORWARD.implement("native")
+def _forward_native(x, target, *inputs):
+    nothing = [False] * (1 + len(Tables(*inputs[:5]).flat()))
+    return _prepared(adaptive_softmax_cpu.run, None, x, target, *inputs, nothing)[0]
+
+
+@BACKWARD.implement("native")
+def _backward_native(*inputs):
+    return _prepared(adaptive_softmax_cpu.run, *inputs)
+
+
+def _run_triton(grad, x, target, softmaxes, gradients, nll, dx, options):
+    from par_xl.kernels.adaptive_softmax import run
+
+    if x.device.type == "cpu":
+        _check_targets(target, options)
+    run(grad, x, target, softmaxes, gradients, nll, dx, options)
+
+
+@FORWARD.implement("triton")
+def _forward_triton(x, target, *inputs):
+    nothing = [False] * (1 + len(Tables(*inputs[:5]).flat()))
+    return _prepared(_run_triton, None, x, target, *inputs, nothing)[0]
+
+
+@BACKWARD.implement("triton")
+def _backward_triton(*inputs):
+    return _prepared(_run_triton, *inputs)
+
+
+class AdaptiveNLL(torch.autograd.Function):
+    """``AdaptiveNLL.apply(x, target, options, reduction, differentiable, backend, *tables.flat())``.
+
+    Returns the nll ``(N,)``, and its sum or mean unless the reduction is "none". See :func:`adaptive_nll`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, target, options, reduction, differentiable, backend, *tensors):
+        tables = unflatten(tensors, len(options.ends))
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.backend, ctx.gradients = options, backend, None
+        weight = None
+        if reduction != "none":
+            valid = target != options.ignore_index
+            weight = valid.to(_wide(x))
+            if reduction == "mean":
+                weight = weight / valid.sum().clamp(min=1)
+        ctx.save_for_backward(x, target, weight, *tensors)
+        if weight is None:
+            return FORWARD(x, target, *tables, *options, backend)
+        if differentiable:
+            needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
+            nll, ctx.gradients = BACKWARD(weight, x, target, *tables, *options, needed, backend)
+        else:
+            nll = FORWARD(x, target, *tables, *options, backend)
+        return nll, torch.dot(nll, weight)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, d_nll, d_loss=None):
+        x, target, weight, *tensors = ctx.saved_tensors
+        if d_nll is None and d_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
+        gradients = ctx.gradients
+        if d_nll is None and gradients is not None:
+            gradients = _scaled(gradients, d_loss)
+            if not torch.compiler.is_compiling():
+                ctx.gradients = None  # they are the caller's now; a second backward makes its own
+        else:
+            grad = d_nll if d_loss is None else weight * d_loss + (0 if d_nll is None else d_nll)
+            tables = unflatten(tensors, len(ctx.options.ends))
+            gradients = BACKWARD(grad, x, target, *tables, *ctx.options, needed, ctx.backend)[1]
+        inputs = (x, *tensors)
+        dx, *others = [g.to(t.dtype) if need else None for g, t, need in zip(gradients, inputs, needed, strict=True)]
+        return dx, None, None, None, None, None, *others
+
+
+def _scaled(gradients: list[Tensor], factor: Tensor) -> list[Tensor]:
+    if torch.compiler.is_compiling():
+        return [g * factor for g in gradients]
+    if factor.device.type == "cpu" and factor.item() == 1:
+        return gradients
+    return [g.mul_(factor) for g in gradients]
+
+
+def _under_autocast(x: Tensor, tables: Tables) -> tuple[Tensor, Tables]:
+    """What torch.autocast makes of the inputs of a matrix product."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, tables
+    dtype = torch.get_autocast_dtype(x.device.type)
+    convert = lambda t: t if t is None or t.dtype == torch.float64 else t.to(dtype)  # noqa: E731
+    return convert(x), unflatten([convert(t) for t in tables.flat()], len(tables.projections))
+
+
+def _check_targets(target: Tensor, options: Options) -> None:
+    """Where the host can look: on the CPU, in code that is not being traced."""
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = target[((target < 0) | (target >= options.ends[-1])) & (target != options.ignore_index)]
+        if len(bad):
+            raise options.target_error(bad[0].item())
+
+
+def nll_and_loss(
+    x: Tensor, target: Tensor, tables: Tables, cutoffs: Sequence[int], *, order: str = "ascending",
+    ignore_index: int = -100, reduction: str = "none", label_smoothing: float = 0.0, z_loss: float = 0.0,
+    workspace: int | None = None, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`adaptive_nll`'s values by token and their reduction (the same tensor for "none"), from one pass."""
+    if order not in ("ascending", "descending"):
+        raise ValueError(f'order must be "ascending" or "descending", not {order!r}')
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f'reduction must be "none", "sum" or "mean", not {reduction!r}')
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
+    check_counts(tables, cutoffs)
+    last = len(tables.weights[-1]) + (cutoffs[-1] if cutoffs and len(tables.weights) > 1 else 0)
+    ends = (*map(int, cutoffs), last)
+    x, tables = _under_autocast(x, tables)
+    check(x, target, tables, ends)
+    if workspace is None:
+        workspace = CPU_WORKSPACE if x.device.type == "cpu" else GPU_WORKSPACE
+    options = Options(ends, order == "descending", ignore_index, float(label_smoothing), float(z_loss), workspace)
+    rows, flat_target = x.reshape(-1, x.shape[-1]), target.reshape(-1).long()
+    chosen = choose(FORWARD, backend, x)
+    if chosen == "eager":
+        _check_targets(flat_target, options)
+        with torch.autocast(x.device.type, enabled=False):
+            nll = adaptive_nll_reference(rows, flat_target, tables, options)
+            valid = (flat_target != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1
+            loss = nll.sum() / valid
+    elif reduction == "none":
+        nll = AdaptiveNLL.apply(rows, flat_target, options, reduction, False, chosen, *tables.flat())
+    else:
+        nll, loss = AdaptiveNLL.apply(
+            rows, flat_target, options, reduction, torch.is_grad_enabled(), chosen, *tables.flat()
+        )
+    nll = nll.view(target.shape)
+    return nll, nll if reduction == "none" else loss
+
+
+def adaptive_nll(
+    input: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    cutoffs: Sequence[int],
+    *,
+    biases: Sequence[Tensor | None] | None = None,
+    projections: Sequence[Tensor | None] | None = None,
+    cluster_weight: Tensor | None = None,
+    cluster_bias: Tensor | None = None,
+    order: str = "ascending",
+    ignore_index: int = -100,
+    reduction: str = "none",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    workspace: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Negative log-likelihood under an adaptive softmax, in the order of the tokens, without the logits in memory.
+
+    Equivalent, for ``asm = torch.nn.AdaptiveLogSoftmaxWithLoss(d, V, cutoffs)``, to ``-asm(input, target).output`` with
+    ``weights=[asm.head.weight, *(t[1].weight for t in asm.tail)]`` and ``projections=[None, *(t[0].weight for t in
+    asm.tail)]``. Without cutoffs it is ``F.cross_entropy(F.linear(input, weights[0], biases[0]), target)``.
+
+    Args:
+        input: ``(..., d)``; fp16, bf16, fp32 or fp64, any strides.
+        target: ``(...)`` int32 or int64, classes 0..V-1 by falling frequency.
+        weights: ``(cutoffs[0] + K, d_0)`` for the head, whose last K rows are the columns of the K tails, then one
+            ``(cutoffs[i] - cutoffs[i-1], d_i)`` for each tail, the last up to V. With ``cluster_weight``, the head's has
+            ``cutoffs[0]`` rows, or a single ``(V, d_0)`` serves the head and all tails. Tables may be shared with others
+            (an embedding): each argument gets its own gradient, and autograd adds them.
+        cutoffs: increasing, the first class of each of the K tails.
+        biases: as many as weights, one for each row of it, or None.
+        projections: K + 1 of ``(d_i, d)`` as in ``nn.Linear``, or None where ``d_i = d``.
+        cluster_weight, cluster_bias: ``(K, d_0)`` and ``(K,)``, the head's columns of the tails, apart from its table.
+        order: of the head's tail columns: "ascending" (torch, Hugging Face) or "descending" (Transformer-XL, NVIDIA and
+            awd-lstm: the last column is the first tail).
+        ignore_index: the target of tokens without a loss, inside 0..V-1 or not.
+        reduction: "none", "sum", or "mean" over the tokens that are not ignored.
+        label_smoothing: weight of the uniform distribution, within the head and within the token's tail.
+        z_loss: weight of ``lse^2``, of the head and of the token's tail.
+        workspace: bytes of logits at a time; default 256 MB on a GPU, 28 MB on the CPU. At 0 the Triton backend keeps no
+            logits in memory at all.
+        backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose.
+
+    Returns:
+        The shape of ``target`` for "none", else 0-d; fp32 (fp64 for fp64). An ignored token has 0; a mean over no token
+        is 0. Every parameter gets a gradient, zeros where no token needs it. Same input, same bits. A second derivative
+        exists on the eager backend alone.
+
+    Raises:
+        ValueError: a wrong shape, device, cutoff, order, reduction, smoothing or backend, a width of 0 (d / div_val**i
+            below 1), or a target that is no class. On a GPU such a target gives NaN for its token, and the error comes
+            with the next call that finds the value copied to the host.
+        TypeError: a dtype that is not floating point, two different ones, or a target that is not int32 or int64.
+
+    Source: arXiv 1609.04309; torch.nn.AdaptiveLogSoftmaxWithLoss; kimiyoung/transformer-xl
+    ``ProjectedAdaptiveLogSoftmax``; salesforce/awd-lstm-lm ``SplitCrossEntropyLoss``.
+    """
+    weights = list(weights)
+    tables = Tables(
+        weights,
+        [None] * len(weights) if biases is None else list(biases),
+        [None] * (len(cutoffs) + 1) if projections is None else list(projections),
+        cluster_weight,
+        cluster_bias,
+    )
+    return nll_and_loss(
+        input, target, tables, cutoffs, order=order, ignore_index=ignore_index, reduction=reduction,
+        label_smoothing=label_smoothing, z_loss=z_loss, workspace=workspace, backend=backend,
+    )[1]  # fmt: skip

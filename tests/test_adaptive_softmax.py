@@ -1,0 +1,356 @@
+"""adaptive_nll: the shared checks, the traps of the published implementations, memory, and the Triton machine code."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+import par_xl
+from par_xl.testing import OpChecks, compile_launches, leaves, make_inputs, run
+
+V, CUTOFFS = 97, [30, 50]
+
+
+def targets(tokens, spread):
+    """Targets of every kind: over all classes "uniform" or "zipf", all in one "tail", all in the "head", all "ignored"."""
+    generator = torch.Generator().manual_seed(1)
+    if spread == "zipf":
+        return torch.multinomial(1 / torch.arange(1.0, V + 1), tokens, replacement=True, generator=generator)
+    if spread == "ignored":
+        return torch.full((tokens,), -100)
+    low, high = {"head": (0, 30), "tail": (30, 50), "uniform": (0, V)}[spread]
+    return torch.randint(low, high, (tokens,), generator=generator)
+
+
+def torch_layout(tokens, d=24, spread="uniform", bias=True, **options):
+    """torch's module: the head's table holds the tails' columns, and the tails have projections."""
+
+    def case(randn):
+        sizes, widths = [32, 20, 47], [d, d // 2, d // 4]
+        return dict(
+            input=randn(tokens, d), target=targets(tokens, spread), cutoffs=CUTOFFS,
+            weights=[randn(n, w) for n, w in zip(sizes, widths, strict=True)],
+            biases=[randn(n) for n in sizes] if bias else None,
+            projections=[None, *(randn(w, d) for w in widths[1:])], **options,
+        )  # fmt: skip
+
+    return case
+
+
+def one_table(tokens, d=20, spread="zipf", projected=False, **options):
+    """Transformer-XL with div_val 1, and awd-lstm: a table for all the classes, the tails' columns apart."""
+
+    def case(randn):
+        return dict(
+            input=randn(tokens, d), target=targets(tokens, spread), cutoffs=CUTOFFS, weights=[randn(V, d)],
+            biases=[randn(V)], cluster_weight=randn(2, d), cluster_bias=randn(2), order="descending",
+            projections=[randn(d, d) for _ in range(3)] if projected else None, **options,
+        )  # fmt: skip
+
+    return case
+
+
+def tiny(reduction="none", tails=2, spread=(0, 3, 5, 2), **options):
+    def case(randn):
+        y = torch.tensor(spread)
+        if tails == 0:
+            return dict(input=randn(4, 2), target=y, cutoffs=[], weights=[randn(6, 2)], reduction=reduction)
+        return dict(
+            input=randn(4, 2), target=y, cutoffs=[3, 4], weights=[randn(5, 2), randn(1, 2), randn(2, 1)],
+            biases=[None, None, randn(2)], projections=[None, None, randn(1, 2)], reduction=reduction, **options,
+        )  # fmt: skip
+
+    return case
+
+
+class TestAdaptiveNLL(OpChecks):
+    ops = ("adaptive_nll_forward", "adaptive_nll_backward")
+    call = staticmethod(par_xl.adaptive_nll)
+    cases = {
+        "uniform": torch_layout(21),
+        "zipf-mean": torch_layout(65, spread="zipf", reduction="mean", bias=False),
+        "one-tail": torch_layout(37, spread="tail", reduction="mean"),
+        "head-alone": torch_layout(9, spread="head", reduction="sum"),
+        "one-table": one_table(15, projected=True, label_smoothing=0.1, z_loss=1e-2),
+        "one-table-mean": one_table(33, reduction="mean", ignore_index=0),
+        "blocks": torch_layout(40, reduction="mean", label_smoothing=0.2, z_loss=1e-3, workspace=2000),
+        "no-workspace": one_table(20, reduction="sum", workspace=0),
+        "one-token": torch_layout(1),
+        "no-token": torch_layout(0, reduction="mean"),
+        "all-ignored": torch_layout(5, spread="ignored", reduction="mean"),
+    }
+    gradcheck_cases = {
+        "none": tiny(workspace=0),
+        "mean": tiny("mean", label_smoothing=0.1, z_loss=0.05, ignore_index=5, spread=(0, 3, 4, 5)),
+        "no-cutoffs": tiny("mean", tails=0),
+    }
+    bad_input = {
+        "target shape": (dict(target=torch.zeros(3).long()), ValueError, "target must have the shape of input without"),
+        "target dtype": (dict(target=torch.zeros(21)), TypeError, "target must be int32 or int64"),
+        "integers": (dict(input=torch.zeros(21, 24).long()), TypeError, "input must be floating point"),
+        "unsorted": (dict(cutoffs=[50, 30]), ValueError, "cutoffs must be increasing and between 1 and"),
+        "duplicates": (dict(cutoffs=[30, 30]), ValueError, "cutoffs must be increasing and between 1 and"),
+        "cutoff is V": (dict(cutoffs=[30, 0]), ValueError, "cutoffs must be increasing and between 1 and"),
+        "too few cutoffs": (dict(cutoffs=[30]), ValueError, "weights must hold 1 or 2 tensors for 1 cutoffs, not 3"),
+        "weight shape": (dict(cutoffs=[31, 50]), ValueError, "weights[0] must have shape (33, 24), not (32, 24)"),
+        "no projection": (dict(projections=None), ValueError, "projections[1] must be given"),
+        "biases": (dict(biases=[None]), ValueError, "biases must hold 3 tensors"),
+        "dtype": (dict(input=torch.zeros(21, 24).half()), TypeError, "must have the dtype of input"),
+        "device": (dict(biases=[torch.zeros(32, device="meta")] + [None] * 2), ValueError, "biases[0] must be on"),
+        "order": (dict(order="reversed"), ValueError, 'order must be "ascending" or "descending"'),
+        "reduction": (dict(reduction="sums"), ValueError, 'reduction must be "none", "sum" or "mean"'),
+        "smoothing": (dict(label_smoothing=1.5), ValueError, "label_smoothing must be between 0 and 1"),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("outside", [V, -1, -99])
+    def test_target_outside(self, outside, backend, device):
+        """An error on the CPU; on a GPU NaN for that token alone, and the error with the next call."""
+        inputs = self.first_case(torch.float32, device)
+        good = par_xl.adaptive_nll(**inputs, backend=backend)
+        inputs["target"] = inputs["target"].clone()
+        inputs["target"][7] = outside
+        with pytest.raises(ValueError, match=f"target must lie between 0 and 96 or be .*, not {outside}"):
+            nll = par_xl.adaptive_nll(**inputs, backend=backend)
+            assert nll[7].isnan() and torch.equal(nll[:7], good[:7]) and torch.equal(nll[8:], good[8:])
+            torch.cuda.synchronize()
+            par_xl.adaptive_nll(**inputs, backend=backend)
+
+    @pytest.mark.parametrize("ignore_index", [-100, 3, 40, 1000])
+    def test_ignore_index(self, ignore_index, backend, device):
+        """Anywhere, inside the vocabulary too: what is left is as if the ignored tokens were not there."""
+        inputs = {**self.first_case(torch.float32, device), "ignore_index": ignore_index, "reduction": "mean"}
+        inputs["target"] = torch.where(
+            torch.arange(21, device=device) % 3 == 0, ignore_index, inputs["target"] % 60 + 4
+        )
+        kept = inputs["target"] != ignore_index
+        fewer = {**inputs, "input": inputs["input"][kept], "target": inputs["target"][kept]}
+        for got, wanted in zip(run(self.on(backend), inputs), run(self.on("eager"), fewer), strict=True):
+            for x, y in zip(got[1:], wanted[1:], strict=True):
+                torch.testing.assert_close(x, y)
+        nll = par_xl.adaptive_nll(**{**inputs, "reduction": "none"}, backend=backend)
+        assert (nll[~kept] == 0).all() and (nll[kept] > 0).all()
+        (d_input,) = torch.autograd.grad(nll.sum(), inputs["input"])
+        assert (d_input[~kept] == 0).all()
+
+    def test_empty_tails_have_zero_gradients(self, backend, device):
+        """Not None, which DDP waits for in vain (fairseq refuses it for that)."""
+        inputs = make_inputs(torch_layout(9, spread="head", reduction="mean"), torch.float32, device)
+        par_xl.adaptive_nll(**inputs, backend=backend).backward()
+        assert all(
+            (t.grad == 0).all() for t in (*inputs["weights"][1:], *inputs["projections"][1:], *inputs["biases"][1:])
+        )
+        assert (inputs["weights"][0].grad != 0).any()
+
+    @pytest.mark.parametrize("spread, tokens", [("ignored", 4), ("uniform", 0)])
+    def test_mean_over_nothing_is_zero(self, spread, tokens, backend, device):
+        inputs = make_inputs(torch_layout(tokens, spread=spread, reduction="mean"), torch.float32, device)
+        loss = par_xl.adaptive_nll(**inputs, backend=backend)
+        loss.backward()
+        assert loss.item() == 0 and all((t.grad == 0).all() for t in leaves(inputs))
+
+    def test_columns_ascending_and_descending(self, backend, device):
+        """Turning the tails' columns round and changing the order is no change."""
+        inputs = make_inputs(one_table(40), torch.float32, device)
+        turned = {**inputs, "order": "ascending", "cluster_weight": inputs["cluster_weight"].flip(0),
+                  "cluster_bias": inputs["cluster_bias"].flip(0)}  # fmt: skip
+        a, b = (par_xl.adaptive_nll(**x, backend=backend) for x in (inputs, turned))
+        torch.testing.assert_close(a, b)
+        wrong = par_xl.adaptive_nll(**{**inputs, "order": "ascending"}, backend=backend)
+        assert not torch.allclose(a, wrong)
+
+    def test_half_gradients_survive(self, backend, device):
+        """With the 1/N of a mean in it, dz would be lost in fp16: p/N is about 3e-5, and less for rarer classes."""
+        case = torch_layout(1024, d=16, spread="head", bias=False, reduction="mean")
+        inputs = make_inputs(case, torch.float16, device)
+        inputs["weights"][0].data.mul_(0.01)
+        scaled = lambda **options: 65536.0 * par_xl.adaptive_nll(**options, backend=backend)  # noqa: E731
+        exact = {**inputs, "input": inputs["input"].detach().double().requires_grad_()}
+        for name in ("weights", "projections"):
+            exact[name] = [None if t is None else t.detach().double().requires_grad_() for t in inputs[name]]
+        eager = lambda **options: 65536.0 * par_xl.adaptive_nll(**options, backend="eager")  # noqa: E731
+        got, wanted = run(scaled, inputs)[1][0], run(eager, exact)[1][0]
+        torch.testing.assert_close(got.double(), wanted, rtol=2e-3, atol=2e-3 * wanted.abs().max().item())
+
+    def test_only_the_wanted_gradients(self, backend, device):
+        full = self.first_case(torch.float32, device)
+        gradients = dict(zip(map(id, leaves(full)), run(self.on(backend), full)[1], strict=True))
+        for wanted in leaves(full):
+            others = [t for t in leaves(full) if t is not wanted]
+            for t in others:
+                t.requires_grad_(False)
+            (alone,) = run(self.on(backend), full)[1]
+            torch.testing.assert_close(alone, gradients[id(wanted)])
+            for t in others:
+                t.requires_grad_(True)
+
+    def test_second_backward(self, backend, device):
+        """The gradients that came with the loss are given away once; retain_graph makes them again."""
+        inputs = make_inputs(torch_layout(30, reduction="mean"), torch.float32, device)
+        loss, variables = par_xl.adaptive_nll(**inputs, backend=backend), leaves(inputs)
+        first = torch.autograd.grad(3 * loss, variables, retain_graph=True)
+        kept = [g.clone() for g in first]
+        for g in first:
+            g.zero_()
+        for again, x in zip(torch.autograd.grad(3 * loss, variables), kept, strict=True):
+            torch.testing.assert_close(again, x)
+
+    def test_shared_tables(self, backend, device):
+        """A table that is an embedding too: autograd adds the gradients, and none is written in place."""
+        inputs = make_inputs(one_table(25, reduction="mean"), torch.float32, device)
+        table = inputs["weights"][0]
+        loss = par_xl.adaptive_nll(**{**inputs, "input": F.embedding(inputs["target"], table)}, backend=backend)
+        (got,) = torch.autograd.grad(loss, table)
+        loss = par_xl.adaptive_nll(**{**inputs, "input": F.embedding(inputs["target"], table)}, backend="eager")
+        torch.testing.assert_close(got, torch.autograd.grad(loss, table)[0])
+
+    def test_int32_targets_and_any_shape(self, backend, device):
+        inputs = self.first_case(torch.float32, device)
+        wanted = par_xl.adaptive_nll(**inputs, backend=backend)
+        other = {**inputs, "input": inputs["input"].view(3, 7, 24), "target": inputs["target"].view(3, 7).int()}
+        assert torch.equal(par_xl.adaptive_nll(**other, backend=backend), wanted.view(3, 7))
+        one = {**inputs, "input": inputs["input"][0], "target": inputs["target"][0]}
+        torch.testing.assert_close(par_xl.adaptive_nll(**one, backend=backend), wanted[0])
+
+    def test_half_input_under_autocast(self, backend, device):
+        """What a layer before it leaves under AMP, against fp32 tables (torch's module raises)."""
+        inputs = self.first_case(torch.float32, device)
+        wanted = par_xl.adaptive_nll(**inputs, backend=backend)
+        with torch.autocast(device, torch.bfloat16):
+            for dtype in (torch.float32, torch.bfloat16):
+                half = {**inputs, "input": inputs["input"].to(dtype)}
+                nll = par_xl.adaptive_nll(**half, backend=backend)
+                assert nll.dtype == torch.float32
+                torch.testing.assert_close(nll, wanted, rtol=0.05, atol=0.2)
+
+    @pytest.mark.gpu
+    def test_no_synchronisation_and_cuda_graph(self, backend):
+        inputs = make_inputs(torch_layout(512, reduction="mean"), torch.bfloat16, "cuda")
+        step = lambda: run(self.on(backend), inputs)[1]  # noqa: E731
+        expected = step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.parametrize("spread", ["uniform", "zipf", "tail"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_torch(spread, bias):
+    """torch's module on the same weights, in fp64."""
+    module = torch.nn.AdaptiveLogSoftmaxWithLoss(24, V, CUTOFFS, div_value=2.0, head_bias=bias).double()
+    x, y = torch.randn(70, 24, dtype=torch.float64), targets(70, spread)
+    arguments = dict(
+        weights=[module.head.weight, *(t[1].weight for t in module.tail)], cutoffs=CUTOFFS,
+        biases=[module.head.bias, None, None], projections=[None, *(t[0].weight for t in module.tail)],
+    )  # fmt: skip
+    wanted = module(x, y)
+    torch.testing.assert_close(par_xl.adaptive_nll(x, y, **arguments), -wanted.output)
+    loss = par_xl.adaptive_nll(x, y, **arguments, reduction="mean")
+    got = torch.autograd.grad(loss, list(module.parameters()))
+    expected = torch.autograd.grad(wanted.loss, list(module.parameters()), allow_unused=True)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
+
+
+def test_without_cutoffs_it_is_cross_entropy():
+    x, w, b, y = torch.randn(20, 8), torch.randn(50, 8), torch.randn(50), torch.randint(0, 50, (20,))
+    y[3] = -100
+    wanted = F.cross_entropy(F.linear(x, w, b), y, label_smoothing=0.1)
+    got = par_xl.adaptive_nll(x, y, [w], [], biases=[b], label_smoothing=0.1, reduction="mean")
+    torch.testing.assert_close(got, wanted)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements of a result, over the operations that run inside the kernels too."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [x.untyped_storage().nbytes() for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_logits_in_memory(reduction):
+    """No tensor of N x head or N x tail, only a workspace; the largest others are the inputs and gradients."""
+    n, d, cutoffs, v = 4096, 8, [1000, 2000], 5000
+    x, y = torch.randn(n, d, requires_grad=True), torch.randint(0, v, (n,))
+    weights = [torch.randn(size, d, requires_grad=True) for size in (1002, 1000, 3000)]
+    workspace = 1 << 18
+    with LargestTensor() as seen:
+        par_xl.adaptive_nll(x, y, weights, cutoffs, reduction=reduction, workspace=workspace).sum().backward()
+    assert seen.elements <= max(workspace, x.nbytes)
+    assert n * 1000 * 4 > 8 * seen.elements  # the smallest of the softmaxes, of every token
+
+
+def test_number_of_threads_does_not_change_the_row_kernel():
+    """The products are torch's; what is ours between them has the same bits for any number of threads."""
+    from par_xl.ops.registry import _C
+
+    z, y, grad = torch.randn(64, 5000), torch.randint(0, 5000, (64,)), torch.rand(64)
+    results, threads = [], torch.get_num_threads()
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        out, nll = z.clone(), torch.zeros(64)
+        addresses = (0, 0, y.data_ptr(), grad.data_ptr(), nll.data_ptr())
+        _C.adaptive_rows_cpu(out.data_ptr(), 64, 5000, 5000, *addresses, 0.1, 0.01, 2)
+        results.append((out, nll))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+
+
+def test_large_logits():
+    """Nothing overflows, and no digits are lost to the size of the logits."""
+    x, w = torch.tensor([[1.0]]), torch.tensor([[30000.0], [30000.5], [-30000.0]])
+    nll = par_xl.adaptive_nll(x, torch.tensor([0]), [w], [])
+    torch.testing.assert_close(nll, torch.tensor([0.5 + torch.tensor(1 + torch.e**-0.5).log()]))
+
+
+def launches():
+    """What the machine-code test compiles: the head's row kernel, and both ways of a softmax, with every flag."""
+    from par_xl.kernels import adaptive_softmax
+
+    from par_xl.ops.adaptive_tables import Options, Tables, softmaxes
+
+    n, d, ends = 256, 512, (20000, 60000)
+    for dtype, one, width, workspace in (
+        (torch.bfloat16, False, 256, 1 << 28), (torch.bfloat16, True, d, 0), (torch.float32, False, 32, 1 << 28),
+    ):  # fmt: skip
+        made = []
+        for kind in (dtype, torch.float32):  # parameters and gradients
+            make = lambda *shape, kind=kind: torch.empty(*shape, dtype=kind)  # noqa: E731
+            weights = [make(20000 if one else 20001, d), make(40000, width)]
+            biases = [make(len(w)) for w in weights] if one else [None, None]
+            separate = (make(1, d), make(1)) if one else (None, None)
+            tables = Tables(weights, biases, [None, None if one else make(width, d)], *separate)
+            made.append(softmaxes(tables, ends, one))
+        vectors = (torch.empty(n) for _ in range(2))
+        x, target, dx = torch.empty(n, d, dtype=dtype), torch.zeros(n).long(), torch.empty(n, d)
+        grad, nll = vectors
+        adaptive_softmax.run(grad, x, target, *made, nll, dx, Options(ends, one, -100, 0.1, 1e-3, workspace))
+
+
+def test_triton_machine_code():
+    """No spills; tensor cores where there are products of bf16, and 16-byte loads."""
+    compiled = compile_launches("test_adaptive_softmax:launches")
+    products = {"_log_sum", "_hidden_gradient", "_weight_gradient", "_project", "_projection_gradient"}
+    others = {"_sort", "_rows_in_place", "_finish", "_merge"}
+    assert {(one.kernel, one.capability) for one in compiled} == {
+        (kernel, capability) for kernel in products | others for capability in (80, 90, 100)
+    }
+    tensor_cores = ("HMMA", "HGMMA", "UTCHMMA", "UTCMMA", "TCGEN05")
+    for one in compiled:
+        assert one.stack == 0, (one.kernel, one.capability, one.registers, one.stack)
+    for kernel in products:
+        for capability in (80, 90, 100):
+            found = [x.sass for x in compiled if (x.kernel, x.capability) == (kernel, capability)]
+            assert any(name in sass for sass in found for name in tensor_cores), (kernel, capability)
