@@ -2,5 +2,7 @@
 
 from par_xl.models.awd_lstm import AWDLSTM, AWDLSTMConfig, AWDLSTMOutput
 from par_xl.models.output import ModelOutput
+from par_xl.models.transformer_xl import TransformerXL
+from par_xl.models.transformer_xl_config import TransformerXLConfig
 
-__all__ = ["AWDLSTM", "AWDLSTMConfig", "AWDLSTMOutput", "ModelOutput"]
+__all__ = ["AWDLSTM", "AWDLSTMConfig", "AWDLSTMOutput", "ModelOutput", "TransformerXL", "TransformerXLConfig"]

@@ -1,16 +1,28 @@
 """Drop-in modules built from the ops."""
 
+from par_xl.nn.acceleration import accelerate
 from par_xl.nn.adaptive_cutoffs import adaptive_cutoffs
+from par_xl.nn.adaptive_embedding import AdaptiveEmbedding
 from par_xl.nn.adaptive_softmax import AdaptiveLogSoftmaxWithLoss, ProjectedAdaptiveLogSoftmax
 from par_xl.nn.dropout import EmbeddingDropout, LockedDropout, WeightDrop
+from par_xl.nn.positions import sinusoids
 from par_xl.nn.regularization import ActivationRegularization
+from par_xl.nn.rel_attention import MultiHeadAttn, RelLearnableMultiHeadAttn, RelPartialLearnableMultiHeadAttn
+from par_xl.nn.rel_position_attention import RelPositionMultiHeadAttention
 
 __all__ = [
     "ActivationRegularization",
+    "AdaptiveEmbedding",
     "AdaptiveLogSoftmaxWithLoss",
     "EmbeddingDropout",
     "LockedDropout",
+    "MultiHeadAttn",
     "ProjectedAdaptiveLogSoftmax",
+    "RelLearnableMultiHeadAttn",
+    "RelPartialLearnableMultiHeadAttn",
+    "RelPositionMultiHeadAttention",
     "WeightDrop",
+    "accelerate",
     "adaptive_cutoffs",
+    "sinusoids",
 ]
