@@ -4,6 +4,7 @@ Importing ``par_xl`` imports torch and the compiled extension, and neither trito
 """
 
 from par_xl import nn
+from par_xl.nn import accelerate
 from par_xl.ops import (
     AdaptiveNLL,
     ArTarLoss,
@@ -21,6 +22,7 @@ __all__ = [
     "AdaptiveNLL",
     "ArTarLoss",
     "RelAttention",
+    "accelerate",
     "adaptive_nll",
     "ar_tar_loss",
     "backends",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from par_xl.models import generation
 from par_xl.models import transformer_xl_loading as loading
 from par_xl.models.adaptive_softmax import ProjectedAdaptiveLogSoftmax
 from par_xl.models.output import ModelOutput
@@ -233,6 +234,8 @@ class TransformerXL(nn.Module):
     def predict(self, hidden: Tensor) -> Tensor:
         """The most probable next token, int64 ``(B, T)``, from ``hidden (B, T, d)``."""
         return self.log_prob(hidden).argmax(-1)
+
+    generate = generation.generate
 
     @classmethod
     def from_kimiyoung(cls, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> "TransformerXL":

@@ -48,9 +48,13 @@ class MemoryAttention(nn.Module):
     def normed(self, x: Tensor) -> Tensor:
         return self.layer_norm(x) if self.pre_lnorm else x
 
+    def merge(self, heads: Tensor) -> Tensor:
+        """``(B, H, T, D)`` to ``(B, T, H * D)``."""
+        return heads.transpose(1, 2).flatten(2)
+
     def residual(self, w: Tensor, heads: Tensor) -> Tensor:
         """The layer's result ``(B, T, d)`` from its input and ``heads (B, H, T, D)``."""
-        out = F.dropout(self.o_net(heads.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        out = F.dropout(self.o_net(self.merge(heads)), self.dropout, self.training)
         return w + out if self.pre_lnorm else self.layer_norm(w + out)
 
     @property
