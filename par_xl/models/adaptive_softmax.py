@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ProjectedAdaptiveLogSoftmax(nn.Module):
-    """A head over the frequent words and one column for each tail, in ascending order; parameters as upstream."""
+    """A head over the frequent words and one column for each tail, in descending order; parameters as upstream."""
 
     def __init__(self, n_token: int, d_embed: int, d_proj: int, cutoffs: Sequence[int] = (), div_val: int = 1):
         super().__init__()
@@ -39,12 +39,16 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
         logits = F.linear(hidden, weight, bias)
         return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
+    def _column(self, i: int) -> int:
+        """Of tail i in the head."""
+        return self.ends[1] + len(self.ends) - 2 - i
+
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
         """``hidden (N, d)``, ``target`` int64 ``(N,)`` to the negative log-likelihood of each, ``(N,)``."""
         head = self._log_softmax(0, hidden)
         column = target
         for i in range(1, len(self.ends) - 1):
-            column = torch.where((target >= self.ends[i]) & (target < self.ends[i + 1]), self.ends[1] + i - 1, column)
+            column = torch.where((target >= self.ends[i]) & (target < self.ends[i + 1]), self._column(i), column)
         nll = -head.gather(1, column[:, None])[:, 0]
         for i in range(1, len(self.ends) - 1):
             mine = ((target >= self.ends[i]) & (target < self.ends[i + 1])).nonzero()[:, 0]
@@ -56,5 +60,5 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
         """``(N, d)`` to ``(N, V)``."""
         head = self._log_softmax(0, hidden)
         shortlist = self.ends[1]
-        tails = [head[:, shortlist + i - 1, None] + self._log_softmax(i, hidden) for i in range(1, len(self.ends) - 1)]
+        tails = [head[:, self._column(i), None] + self._log_softmax(i, hidden) for i in range(1, len(self.ends) - 1)]
         return torch.cat((head[:, :shortlist], *tails), 1)

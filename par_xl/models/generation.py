@@ -68,10 +68,8 @@ class Decoder:
         self.caches: list[KeyValueCache] = []
         if model.config.attn_type in (0, 1):
             with torch.no_grad():
-                self.caches = [
-                    KeyValueCache(*layer.dec_attn.keys_values(mems), model.config.mem_len)
-                    for layer, mems in zip(model.layers, memory, strict=True)
-                ]
+                pairs = [layer.dec_attn.keys_values(x) for layer, x in zip(model.layers, memory, strict=True)]
+            self.caches = [KeyValueCache(k, v, model.config.mem_len) for k, v in pairs]
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class TransformerXL(nn.Module):
     The memory is one tensor ``(n_layer, B, M, d)``: each layer's inputs at the last ``M <= mem_len`` steps, before any
     absolute positions are added to them (upstream adds those to what it stores, once for every segment).
 
-    The parameters have kimiyoung's names; of K tails, tail i has the row ``cluster_weight[i]`` (upstream: ``[K-1-i]``).
+    The parameters have kimiyoung's names, and of the head's columns the last belongs to the first tail, as upstream.
 
     Source: https://github.com/kimiyoung/transformer-xl, pytorch/mem_transformer.py.
     """
@@ -94,10 +94,11 @@ class TransformerXL(nn.Module):
         c = config
         self.word_emb = AdaptiveEmbedding(c.vocab_size, c.d_embed, c.d_model, c.cutoffs, c.div_val)
         self.drop = nn.Dropout(c.dropout)
-        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.n_layer))
+        self.layers: Any = nn.ModuleList(DecoderLayer(c) for _ in range(c.n_layer))
         self.crit = ProjectedAdaptiveLogSoftmax(c.vocab_size, c.d_embed, c.d_model, c.cutoffs, c.div_val)
-        by_layer = () if c.attn_type == 0 else (c.n_layer,)
-        self.r_w_bias = self.r_r_bias = None
+        by_layer: tuple[int, ...] = () if c.attn_type == 0 else (c.n_layer,)
+        self.r_w_bias: Any = None
+        self.r_r_bias: Any = None
         if c.attn_type == 1 or (c.attn_type == 0 and not c.untie_r):
             self.r_w_bias = nn.Parameter(torch.empty(*by_layer, c.n_head, c.d_head))
         if c.attn_type == 0 and not c.untie_r:
@@ -187,7 +188,7 @@ class TransformerXL(nn.Module):
             inputs.append(x)
             if absolute is not None:
                 x, mems = x + absolute[n_memory:], mems + absolute[:n_memory]
-            given = {"mems": mems if n_memory else None, "window": window}
+            given: dict[str, Any] = {"mems": mems if n_memory else None, "window": window}
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, *relative, **given, use_reentrant=False)
             else:

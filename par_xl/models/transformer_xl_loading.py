@@ -23,21 +23,21 @@ _NVIDIA_CUTOFFS = {"wt103": (19997, 39997, 199997), "lm1b": (59997, 99997, 63999
 
 
 def from_kimiyoung(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[TransformerXLConfig, State]:
-    state = _reverse_clusters(_cleaned(state_dict))
-    return _converted(state, config, "exclusive", _KIMIYOUNG_CUTOFFS)
+    return _converted(_cleaned(state_dict), config, "exclusive", _KIMIYOUNG_CUTOFFS)
 
 
 def from_nvidia(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[TransformerXLConfig, State]:
     names = {r"^crit\.out_layers_weights\.(\d+)$": r"crit.out_layers.\1.weight",
              r"^crit\.out_layers_biases\.(\d+)$": r"crit.out_layers.\1.bias"}  # fmt: skip
-    state = _reverse_clusters(_cleaned(state_dict, names))
-    return _converted(state, config, "inclusive", _NVIDIA_CUTOFFS)
+    return _converted(_cleaned(state_dict, names), config, "inclusive", _NVIDIA_CUTOFFS)
 
 
 def from_huggingface(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[TransformerXLConfig, State]:
     state = _cleaned(state_dict, {r"^transformer\.": ""})
     if "r_w_bias" in state:  # shared biases are also listed under every layer
         state = {name: x for name, x in state.items() if not re.fullmatch(r"layers\..*\.r_[wr]_bias", name)}
+    # In Hugging Face's head the first tail has the first column, here and in the other code the last.
+    state = {name: x.flip(0) if name.startswith("crit.cluster_") else x for name, x in state.items()}
     return _converted(state, config, "exclusive", {}, memory_start="zeros")
 
 
@@ -51,11 +51,6 @@ def _cleaned(state_dict: Mapping[str, Tensor], names: Mapping[str, str] | None =
         if not re.match(r"pos_emb\.|crit\.shared_out_projs\.", name):
             state[name] = x
     return state
-
-
-def _reverse_clusters(state: State) -> State:
-    """In kimiyoung's and NVIDIA's head the first tail has the last column."""
-    return {name: x.flip(0) if name.startswith("crit.cluster_") else x for name, x in state.items()}
 
 
 def _converted(

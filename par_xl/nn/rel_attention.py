@@ -1,10 +1,12 @@
 """Transformer-XL's attention layers. Memory and segment are projected apart and never concatenated."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from par_xl.ops import rel_attention
+from par_xl.ops.rel_attention import rel_attention
 
 Window = tuple[int | None, int | None]
 KeysValues = tuple[Tensor, Tensor]  # each (B, H, M, D)
@@ -93,7 +95,7 @@ class _RelMultiHeadAttn(MemoryAttention):
         heads = self.attention(q, k, v, r, content_bias, position_bias, **options)
         return self.residual(w, heads), k, v
 
-    attention = staticmethod(rel_attention)
+    attention: Callable[..., Tensor] = staticmethod(rel_attention)
 
 
 class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):

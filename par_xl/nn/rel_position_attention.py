@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from par_xl.ops import rel_attention
+from par_xl.ops.rel_attention import rel_attention
 
 
 class RelPositionMultiHeadAttention(nn.Module):
