@@ -52,7 +52,10 @@ class Reference:
         if f"{prefix}.qkv_net.weight" in self.state:
             q, k, v = (source @ self[f"{prefix}.qkv_net.weight"].T).chunk(3, -1)
         else:
-            q, (k, v) = both @ self[f"{prefix}.q_net.weight"].T, (source @ self[f"{prefix}.kv_net.weight"].T).chunk(2, -1)
+            q, (k, v) = (
+                both @ self[f"{prefix}.q_net.weight"].T,
+                (source @ self[f"{prefix}.kv_net.weight"].T).chunk(2, -1),
+            )
         q, k, v = (y.unflatten(-1, self.heads) for y in (q, k, v))  # (B, n, H, D)
         out = []
         for i in range(n_memory, n):

@@ -51,7 +51,10 @@ def kimiyoung_state(config, tied, tied_projections, seed=0):
         if kind == 0:
             state[f"{attention}.r_net.weight"] = randn(HEADS * WIDTH, D)
         state[f"{attention}.o_net.weight"] = randn(D, HEADS * WIDTH)
-        state[f"{feed_forward}.CoreNet.0.weight"], state[f"{feed_forward}.CoreNet.0.bias"] = randn(INNER, D), randn(INNER)
+        state[f"{feed_forward}.CoreNet.0.weight"], state[f"{feed_forward}.CoreNet.0.bias"] = (
+            randn(INNER, D),
+            randn(INNER),
+        )
         state[f"{feed_forward}.CoreNet.3.weight"], state[f"{feed_forward}.CoreNet.3.bias"] = randn(D, INNER), randn(D)
         for part in (attention, feed_forward):
             state[f"{part}.layer_norm.weight"], state[f"{part}.layer_norm.bias"] = 1 + randn(D), randn(D)
