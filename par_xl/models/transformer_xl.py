@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from par_xl.models import generation
 from par_xl.models import transformer_xl_loading as loading
-from par_xl.models.adaptive_softmax import ProjectedAdaptiveLogSoftmax
 from par_xl.models.output import ModelOutput
 from par_xl.models.transformer_xl_config import TransformerXLConfig
 from par_xl.nn.adaptive_embedding import AdaptiveEmbedding
+from par_xl.nn.adaptive_softmax import ProjectedAdaptiveLogSoftmax
 from par_xl.nn.positions import distances, sinusoids
 from par_xl.nn.rel_attention import (
     MultiHeadAttn,
@@ -95,7 +95,9 @@ class TransformerXL(nn.Module):
         self.word_emb = AdaptiveEmbedding(c.vocab_size, c.d_embed, c.d_model, c.cutoffs, c.div_val)
         self.drop = nn.Dropout(c.dropout)
         self.layers: Any = nn.ModuleList(DecoderLayer(c) for _ in range(c.n_layer))
-        self.crit = ProjectedAdaptiveLogSoftmax(c.vocab_size, c.d_embed, c.d_model, c.cutoffs, c.div_val)
+        self.crit = ProjectedAdaptiveLogSoftmax(
+            c.vocab_size, c.d_embed, c.d_model, c.cutoffs, c.div_val, **self._shared()
+        )
         by_layer: tuple[int, ...] = () if c.attn_type == 0 else (c.n_layer,)
         self.r_w_bias: Any = None
         self.r_r_bias: Any = None
@@ -109,7 +111,6 @@ class TransformerXL(nn.Module):
         elif c.attn_type == 3:
             self.r_emb = nn.Parameter(torch.empty(c.n_layer, c.max_klen, c.d_model))
         self._initialise()
-        self._tie()
 
     def _initialise(self) -> None:
         """Kimiyoung's: N(0, 0.02), layer norms N(1, 0.02), projections between widths N(0, 0.01), biases zero."""
@@ -121,15 +122,15 @@ class TransformerXL(nn.Module):
             else:
                 nn.init.normal_(parameter, 0.0, 0.01 if "_projs." in name else 0.02)
 
-    def _tie(self) -> None:
-        """Let the output share the embedding's tables and projections."""
-        if self.config.tie_weight:
-            for layer, table in zip(self.crit.out_layers, self.word_emb.emb_layers, strict=True):
-                layer.weight = table.weight
-        projections = self.word_emb.emb_projs
-        for i, tied in enumerate(self.config.tie_projs if len(projections) else ()):
-            if tied:
-                self.crit.out_projs[i] = projections[i if self.config.div_val > 1 else 0]
+    def _shared(self) -> dict[str, Any]:
+        """The embedding's tables and projections that the output shares."""
+        c, tables, projections = self.config, self.word_emb.emb_layers, self.word_emb.emb_projs
+        shared: dict[str, Any] = {"weights": [table.weight for table in tables] if c.tie_weight else None}
+        if len(projections) and any(c.tie_projs):
+            tied = [*c.tie_projs, *[False] * len(c.cutoffs)][: len(c.cutoffs) + 1]
+            by_cluster = projections if c.div_val > 1 else [projections[0]] * len(tied)
+            shared["projections"] = [p if share else None for p, share in zip(by_cluster, tied, strict=True)]
+        return shared
 
     def reset_lengths(self, **lengths: Any) -> None:
         """Change ``mem_len``, ``ext_len``, ``clamp_len`` or ``same_length``, for a longer memory in evaluation, say.
@@ -165,7 +166,7 @@ class TransformerXL(nn.Module):
         output = ModelOutput(hidden=hidden, memory=self._next_memory(inputs, memory))
         if targets is not None:
             output.hidden = hidden[:, tokens.shape[1] - targets.shape[1] :]
-            output.nll = self.crit(output.hidden.flatten(0, 1), targets.flatten()).view_as(targets)
+            output.nll = self.crit(output.hidden, targets)
             output.loss = output.nll.mean()
         return output
 
@@ -230,11 +231,11 @@ class TransformerXL(nn.Module):
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """The log-probabilities of the next token, ``(B, T, d)`` to ``(B, T, V)``."""
-        return self.crit.log_prob(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        return self.crit.log_prob(hidden)
 
     def predict(self, hidden: Tensor) -> Tensor:
         """The most probable next token, int64 ``(B, T)``, from ``hidden (B, T, d)``."""
-        return self.log_prob(hidden).argmax(-1)
+        return self.crit.predict(hidden)
 
     generate = generation.generate
 
