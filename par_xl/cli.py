@@ -19,8 +19,6 @@ import par_xl
 from par_xl.environment import device_name, versions
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=par_xl.__doc__)
-train_app = typer.Typer(no_args_is_help=True, help="Train a model.")
-app.add_typer(train_app, name="train")
 console = Console()
 
 
@@ -60,40 +58,46 @@ def _coloured(state: str) -> str:
     return f"[green]{state}[/green]" if state == "available" else state
 
 
-@train_app.command("awd-lstm")
-def train_awd_lstm(
-    data: Annotated[str, typer.Option(help="human-numbers, or a folder with wiki.*.tokens or *.txt.")],
-    recipe: Annotated[
-        str, typer.Option(help="human-numbers, fastbook or wikitext-2; the default goes with the data.")
-    ] = "",
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, curves and records.")] = Path("runs/awd-lstm"),
-    options: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Another value for an option of the recipe or model."),
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Another value for an option of the recipe or model."),
+]
+Data = Annotated[str, typer.Option(help="human-numbers, or a folder with wiki.*.tokens or *.txt.")]
+Backend = Annotated[str, typer.Option(help="eager, native, triton or auto.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a finished par-xl train.")]
+
+
+@app.command(no_args_is_help=True)
+def train(
+    architecture: Annotated[str, typer.Argument(help="awd-lstm or transformer-xl.")],
+    data: Data,
+    recipe: Annotated[str, typer.Option(help="Name of a recipe; the default goes with the data.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints, curves and records.", show_default="runs/ARCHITECTURE")
     ] = None,
+    options: Options = None,
     epochs: Annotated[int | None, typer.Option(help="Short for --set epochs=N.")] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
-    backend: Annotated[str, typer.Option(help="eager, native, triton or auto.")] = "auto",
+    backend: Backend = "auto",
     precision: Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed, ... (Lightning's names).")] = "32-true",
     devices: Annotated[str, typer.Option(help="How many, or auto.")] = "1",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model.")] = False,
     resume: Annotated[Path | None, typer.Option(help="A .ckpt of the same run to go on from.")] = None,
 ) -> None:
-    """Train an AWD-LSTM. Ctrl-C finishes the step and saves; --resume goes on as if nothing had happened."""
+    """Train a model. Ctrl-C finishes the step and saves; --resume goes on as if nothing had happened."""
     _quiet()
     from par_xl.data import load_corpus
-    from par_xl.training import RECIPES, override
-    from par_xl.training import train_awd_lstm as train
+    from par_xl.training import TRAININGS, override
 
+    recipes, run = _chosen(TRAININGS, architecture, "architecture")
     name = recipe or ("human-numbers" if data == "human-numbers" else "wikitext-2")
-    if name not in RECIPES:
-        raise ValueError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
-    chosen = dict(_parse_option(option) for option in options or [])
+    chosen = _parse_options(options)
     chosen |= {key: str(value) for key, value in (("epochs", epochs), ("seed", seed)) if value is not None}
-    settings = override(RECIPES[name], chosen)
+    settings = override(_chosen(recipes, name, "recipe"), chosen)
     corpus = load_corpus(data)
+    out = out or Path("runs") / architecture
     console.print(f"{data}: {len(corpus.train):,} tokens, {len(corpus.vocabulary):,} words; recipe {name}")
-    model, history = train(
+    model, history = run(
         corpus,
         settings,
         out,
@@ -108,11 +112,75 @@ def train_awd_lstm(
         "tokens_per_second": history.tokens_per_second,
         "seconds": round(history.seconds, 1),
     }
-    _write_record(out / "result.json", {"model": asdict(model.config), "recipe": asdict(settings), "result": result})
-    table = Table(*result)
-    table.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for value in result.values()))
-    console.print(table)
+    described = {"architecture": architecture, "model": asdict(model.config), "recipe": asdict(settings)}
+    _write_record(out / "result.json", {**described, "result": result})
+    _show(result)
     console.print(f"weights, losses.png, result.json and TensorBoard's events are in {out}", highlight=False)
+
+
+@app.command(name="eval", no_args_is_help=True)
+def evaluate(
+    run: Run,
+    data: Data,
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    batch_size: Annotated[int, typer.Option(help="Streams that are read side by side.")] = 10,
+    bptt: Annotated[int, typer.Option(help="Length of a window.")] = 128,
+    lengths: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Transformer-XL's mem_len, clamp_len, ext_len or same_length."
+        ),
+    ] = None,
+    backend: Backend = "auto",
+) -> None:
+    """The loss of a trained model on a split, with another memory length if wanted; writes eval-SPLIT.json."""
+    import torch
+
+    from par_xl.data import load_corpus
+    from par_xl.training import evaluate, load_run, read_option
+
+    model, vocabulary = load_run(run)
+    corpus = load_corpus(data)
+    if corpus.vocabulary.words != vocabulary.words:
+        raise ValueError(f"{data} is not what {run} was trained on: its vocabulary is another one")
+    tokens = getattr(corpus, split, None) if split in ("train", "valid", "test") else None
+    if tokens is None:
+        raise ValueError(f"--split: {data} has no split {split!r}")
+    chosen = {
+        key: read_option(key, value, getattr(model.config, key, "")) for key, value in _parse_options(lengths).items()
+    }
+    if chosen and not hasattr(model, "reset_lengths"):
+        raise ValueError(f"--set: a {type(model).__name__} has no lengths")
+    if chosen:
+        model.reset_lengths(**chosen)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    with par_xl.use_backend(backend):
+        result = evaluate(model, tokens, batch_size, bptt)
+    _write_record(run / f"eval-{split}.json", {"model": asdict(model.config), "result": result})
+    _show(result)
+
+
+@app.command(no_args_is_help=True)
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="Words to begin with, separated by spaces.")],
+    tokens: Annotated[int, typer.Option(help="How many words to add.")] = 50,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most probable word.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many most probable words; 0: from all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Continue a text with a trained Transformer-XL."""
+    import torch
+
+    from par_xl.training import load_run
+
+    model, vocabulary = load_run(run)
+    if not hasattr(model, "generate"):
+        raise ValueError(f"{run} holds a {type(model).__name__}, which does not generate")
+    ids = vocabulary.encode(prompt.split()).long()[None]
+    draws = torch.Generator().manual_seed(seed)
+    text = model.generate(ids, tokens, temperature=temperature, top_k=top_k, generator=draws)
+    console.print(" ".join(vocabulary.decode(text[0])), markup=False, highlight=False)
 
 
 @app.command()
@@ -146,11 +214,26 @@ def bench(
     raise typer.Exit(status)
 
 
-def _parse_option(option: str) -> tuple[str, str]:
-    name, separator, value = option.partition("=")
-    if not separator:
-        raise ValueError(f"--set takes NAME=VALUE, not {option!r}")
-    return name, value
+def _parse_options(options: list[str] | None) -> dict[str, str]:
+    parsed = {}
+    for option in options or []:
+        name, separator, value = option.partition("=")
+        if not separator:
+            raise ValueError(f"--set takes NAME=VALUE, not {option!r}")
+        parsed[name] = value
+    return parsed
+
+
+def _chosen(table: dict[str, Any], name: str, what: str) -> Any:
+    if name not in table:
+        raise ValueError(f"there is no {what} {name!r}; there are {', '.join(table)}")
+    return table[name]
+
+
+def _show(result: dict[str, float]) -> None:
+    table = Table(*result)
+    table.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for value in result.values()))
+    console.print(table)
 
 
 def _write_record(path: Path, contents: dict[str, Any]) -> None:

@@ -63,6 +63,7 @@ class TransformerXLConfig:
 
     def __post_init__(self) -> None:
         self.d_embed = self.d_embed or self.d_model
+        self.cutoffs, self.tie_projs = tuple(self.cutoffs), tuple(self.tie_projs)  # lists, where they were JSON
         if self.attn_type not in (0, 1, 2, 3):
             raise ValueError(f"attn_type must be 0, 1, 2 or 3, not {self.attn_type}")
         if self.attn_type in (1, 3) and self.max_klen < 1:

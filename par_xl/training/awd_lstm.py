@@ -1,8 +1,8 @@
 """Recipes for AWD-LSTM, and a run by one of them."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 
@@ -17,9 +17,9 @@ from par_xl.training.rnn_trainer import RNNTrainer
 class AWDLSTMRecipe(Recipe):
     """A recipe, the weights of AR and TAR, and the model's options (fields of :class:`AWDLSTMConfig`)."""
 
+    config_class: ClassVar[type] = AWDLSTMConfig
     alpha: float = 2.0
     beta: float = 1.0
-    model: dict[str, Any] = field(default_factory=dict)
 
 
 _NO_DROPOUT = dict(dropout_hidden=0.0, dropout_input=0.0, dropout_embedding=0.0, weight_drop=0.0)
@@ -57,30 +57,6 @@ RECIPES = {
         model=dict(dropout_hidden=0.2),
     ),
 }
-
-
-def override(recipe: AWDLSTMRecipe, options: dict[str, Any]) -> AWDLSTMRecipe:
-    """The recipe with other options: fields of :class:`AWDLSTMRecipe` or of :class:`AWDLSTMConfig`, by name.
-
-    Raises:
-        ValueError: there is no such option, or the value cannot be read as its type.
-    """
-    config = AWDLSTMConfig(vocab_size=0, **recipe.model)
-    ours: dict[str, Any] = {}
-    models: dict[str, Any] = {}
-    for name, value in options.items():
-        owner, target = (recipe, ours) if hasattr(recipe, name) else (config, models)
-        if name in ("model", "vocab_size") or not hasattr(owner, name):
-            raise ValueError(f"there is no option {name!r}")
-        kind = type(getattr(owner, name))
-        try:
-            target[name] = _BOOLEANS[str(value).lower()] if kind is bool else kind(value)
-        except (KeyError, ValueError):
-            raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}") from None
-    return replace(recipe, **ours, model={**recipe.model, **models})
-
-
-_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def train_awd_lstm(corpus: Corpus, recipe: AWDLSTMRecipe, out: str | Path, **options: Any) -> tuple[AWDLSTM, History]:

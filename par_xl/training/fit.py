@@ -1,9 +1,9 @@
 """One training run of a language model: everything between a model and its files on disk."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
@@ -32,7 +32,10 @@ class Recipe:
         clip: largest norm of the gradient; 0 does not clip.
         nonmono: start averaging the weights by :class:`NTASGD`'s rule; 0 never does.
         seed: of the initial weights, the dropout masks and the window lengths.
+        model: the model's options, fields of ``config_class``.
     """
+
+    config_class: ClassVar[type]
 
     epochs: int
     batch_size: int
@@ -45,6 +48,7 @@ class Recipe:
     clip: float = 0.0
     nonmono: int = 0
     seed: int = 0
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 def fit(

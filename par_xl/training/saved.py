@@ -1,0 +1,65 @@
+"""Trained models from the folder of their run, and their losses on a corpus."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model
+from torch import Tensor, nn
+
+from par_xl.data import ContiguousStreams, Vocabulary
+from par_xl.models import AWDLSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
+
+ARCHITECTURES: dict[str, tuple[type[nn.Module], type]] = {
+    "awd-lstm": (AWDLSTM, AWDLSTMConfig),
+    "transformer-xl": (TransformerXL, TransformerXLConfig),
+}
+
+
+def load_run(folder: str | Path, weights: str = "best") -> tuple[Any, Vocabulary]:
+    """The model of a finished run, in evaluation mode, and its vocabulary. Reads JSON and safetensors, no pickle.
+
+    Args:
+        folder: the run's, with ``result.json`` (par-xl train), ``vocabulary.txt`` and the weights.
+        weights: "best" or "last".
+
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+    folder = Path(folder)
+    for name in ("result.json", "vocabulary.txt", f"{weights}.safetensors"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {name}")
+    record = json.loads((folder / "result.json").read_text())
+    model_class, config_class = ARCHITECTURES[record["architecture"]]
+    model = model_class(config_class(**record["model"]))
+    load_model(model, folder / f"{weights}.safetensors")
+    words = (folder / "vocabulary.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    return model.eval(), Vocabulary(words)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, tokens: Tensor, batch_size: int, bptt: int) -> dict[str, float]:
+    """The mean loss over ``tokens (N,)``, read as ``batch_size`` streams in windows of ``bptt`` with memory.
+
+    Returns:
+        ``loss`` in nats a token, ``perplexity``, ``bits_per_token``, ``tokens`` and ``tokens_per_second``.
+    """
+    device = next(model.parameters()).device
+    memory, losses, start = None, [], time.perf_counter()
+    for inputs, targets in ContiguousStreams(tokens, batch_size, bptt):
+        output = model(inputs.to(device), targets.to(device), memory)
+        memory = output.memory
+        losses.append(output.nll.double().sum())
+    total = float(torch.stack(losses).sum())
+    count = (len(tokens) - 1) // batch_size * batch_size
+    loss = torch.tensor(total / count, dtype=torch.float64)
+    return {
+        "loss": loss.item(),
+        "perplexity": loss.exp().item(),
+        "bits_per_token": loss.item() / torch.log(torch.tensor(2.0)).item(),
+        "tokens": count,
+        "tokens_per_second": round(count / (time.perf_counter() - start)),
+    }
