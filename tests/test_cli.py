@@ -166,3 +166,34 @@ def test_demo_checks_every_op():
     from par_xl.training.demo import OPS
 
     assert {name.removesuffix("_forward").removesuffix("_backward") for name in registry.OPS} == set(OPS)
+
+
+def test_transformer_xl_is_trained_evaluated_and_continues_a_text(command, tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for split, lines in (("train", 60), ("valid", 15), ("test", 15)):
+        (data / f"{split}.txt").write_text("the cat sat on the mat\nand the dog ran\n" * lines)
+    small = ("n_layer=1", "d_model=16", "d_head=8", "n_head=2", "d_inner=16", "cutoffs=3,6", "mem_len=8", "bptt=8")
+    options = [word for option in (*small, "lr=1e-2", "dropout=0.0") for word in ("--set", option)]
+    train = ("train", "transformer-xl", "--data", data, "--out", run, "--epochs", 8, *options)
+    code, _, errors = command(*train, "--recipe", "wikitext-2")
+    assert code == 0, errors
+    record = json.loads((run / "result.json").read_text())
+    assert record["architecture"] == "transformer-xl" and record["model"]["cutoffs"] == [3, 6]
+
+    code, shown, errors = command("eval", run, "--data", data, "--batch-size", 2, "--set", "mem_len=32")
+    assert code == 0 and "perplexity" in shown, errors
+    result = json.loads((run / "eval-test.json").read_text())["result"]
+    assert result["tokens"] == 164 and 1 < result["perplexity"] < 3
+    code, shown, errors = command("generate", run, "--prompt", "the dog", "--tokens", 4, "--temperature", 0)
+    assert code == 0 and shown.split() == ["the", "dog", "ran", "<eos>", "the", "cat"], shown + errors
+
+    for arguments, complaint in [
+        (("eval", run, "--data", "human-numbers"), "vocabulary"),
+        (("eval", run, "--data", data, "--split", "dev"), "no split 'dev'"),
+        (("eval", run, "--data", data, "--set", "n_layer=3"), "n_layer"),
+        (("eval", data, "--data", data), "result.json"),
+        (("train", "gpt", "--data", data), "there is no architecture 'gpt'"),
+    ]:
+        code, _, errors = command(*arguments)
+        assert code == 2 and complaint in " ".join(errors.split()), errors
