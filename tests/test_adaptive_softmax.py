@@ -13,7 +13,7 @@ V, CUTOFFS = 97, [30, 50]
 
 
 def targets(tokens, spread):
-    """Targets of every kind: over all classes "uniform" or "zipf", all in one "tail", all in the "head", all "ignored"."""
+    """Targets over all classes ("uniform", "zipf"), all in one "tail" or in the "head", or all "ignored"."""
     generator = torch.Generator().manual_seed(1)
     if spread == "zipf":
         return torch.multinomial(1 / torch.arange(1.0, V + 1), tokens, replacement=True, generator=generator)
