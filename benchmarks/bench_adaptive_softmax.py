@@ -21,8 +21,6 @@ def zipf(tokens, classes, device):
     generator = torch.Generator().manual_seed(0)
     y = torch.multinomial(1 / torch.arange(1.0, classes + 1), tokens, replacement=True, generator=generator)
     return y.to(device)
-        device
-    )
 
 
 def products(module, x, y):

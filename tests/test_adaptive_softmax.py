@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import par_xl
-from par_xl.testing import OpChecks, compile_launches, leaves, make_inputs, run
+from par_xl.machine_code import compile_launches
+from par_xl.testing import OpChecks, leaves, make_inputs, run
 
 V, CUTOFFS = 97, [30, 50]
 
