@@ -1,5 +1,5 @@
-"""Adaptive softmax in Triton. One softmax is z = h W^T + b over the rows of its tokens, sorted by tail on the device; how
-many they are, no kernel asks the host: a fixed grid of programs walks over as many tiles as there are.
+"""Adaptive softmax in Triton. One softmax is z = h W^T + b over the rows of its tokens, sorted by tail on the device;
+how many they are, no kernel asks the host: a fixed grid of programs walks over as many tiles as there are.
 
 A tail, and the head where no logits may be in memory, is computed three times and never stored: for the log-sum-exp, in
 splits of the columns that are merged in one order; for dh, in the same splits; and for dW, a program for each block of
@@ -380,7 +380,8 @@ class _Softmax:
 
     def flags(self):
         return dict(
-            WIDTH=self.width, BK=self.depth(self.width), ROWS=self.tile, COLUMNS=self.tile, HAS_BIAS=self.bias is not None,
+            WIDTH=self.width, BK=self.depth(self.width), ROWS=self.tile, COLUMNS=self.tile,
+            HAS_BIAS=self.bias is not None,
             PIECES=len(self.weights), PRECISION=self.precision,
         )  # fmt: skip
 
@@ -400,7 +401,8 @@ class _Softmax:
         h = x.new_empty(self.n, self.width)
         _project[(_programs(x),)](
             x, self.projection, h, self.order, self.offsets, self.width, self.projection.stride(1),
-            self.projection.stride(0), K=x.shape[1], BK=self.depth(x.shape[1]), ROWS=self.tile, COLUMNS=self.tile, GATHER=True,
+            self.projection.stride(0), K=x.shape[1], BK=self.depth(x.shape[1]), ROWS=self.tile,
+            COLUMNS=self.tile, GATHER=True,
             PRECISION=self.precision, acc=_type(self.acc),
         )  # fmt: skip
         return h
@@ -453,7 +455,8 @@ class _Softmax:
         if d_projection is not None:
             grid = (triton.cdiv(self.width, self.tile), triton.cdiv(x.shape[1], self.tile))
             _projection_gradient[grid](
-                dh, x, d_projection, *rows, self.width, x.shape[1], *d_projection.stride(), ROWS=self.tile, COLUMNS=self.tile,
+                dh, x, d_projection, *rows, self.width, x.shape[1], *d_projection.stride(), ROWS=self.tile,
+                COLUMNS=self.tile,
                 PRECISION=self.precision,
             )  # fmt: skip
         if dx is not None:

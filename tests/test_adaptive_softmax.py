@@ -7,13 +7,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import par_xl
-from par_xl.testing import OpChecks, compile_launches, leaves, make_inputs, run
+from par_xl.machine_code import compile_launches
+from par_xl.testing import OpChecks, leaves, make_inputs, run
 
 V, CUTOFFS = 97, [30, 50]
 
 
 def targets(tokens, spread):
-    """Targets of every kind: over all classes "uniform" or "zipf", all in one "tail", all in the "head", all "ignored"."""
+    """Targets over all classes ("uniform", "zipf"), all in one "tail" or in the "head", or all "ignored"."""
     generator = torch.Generator().manual_seed(1)
     if spread == "zipf":
         return torch.multinomial(1 / torch.arange(1.0, V + 1), tokens, replacement=True, generator=generator)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-# Columns x tokens below which a product takes no less time: 50 x 2560, where the paper's measured curve leaves the flat.
+# Columns x tokens below which a product takes no less time: 50 x 2560, where the paper's measured curve leaves the
+# flat.
 FLAT = 128e3
 
 
@@ -16,14 +17,14 @@ def adaptive_cutoffs(
     """The cutoffs of ``n_clusters`` tails that take the least time for ``tokens`` tokens drawn as the counts say.
 
     A product of k columns with B rows takes time in proportion to ``max(flat, k * B)``: below ``flat`` a device is not
-    busy. The head of ``cutoffs[0] + n_clusters`` columns is charged to every token, and tail i, from class l to class r,
-    to its ``tokens * P(l <= class < r)`` tokens with its width:
+    busy. The head of ``cutoffs[0] + n_clusters`` columns is charged to every token, and tail i, from class l to class
+    r, to its ``tokens * P(l <= class < r)`` tokens with its width:
 
         max(flat, (cutoffs[0] + K) tokens) + sum_i max(flat, (r - l) tokens P(l, r) / div_value**i)
 
-    The optimum over all cutoffs, not over a grid; among equals, the later cutoffs, whose classes are wider. Each tail's cost has the quadrangle inequality (it is a convex
-    increasing function of a product of two measures of an interval), so that the best left end moves right with the right
-    end, and each of the K steps takes O(V log V).
+    The optimum over all cutoffs, not over a grid; among equals, the later cutoffs, whose classes are wider. Each
+    tail's cost has the quadrangle inequality (it is a convex increasing function of a product of two measures of an
+    interval), so that the best left end moves right with the right end, and each of the K steps takes O(V log V).
 
     Args:
         counts: ``(V,)``, how often each class occurs, in falling order.
@@ -51,7 +52,8 @@ def adaptive_cutoffs(
     def tail(i: int, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
         return np.maximum(flat, (end - begin) * (mass[end] - mass[begin]) * (tokens / div_value**i))
 
-    # best[r]: the least cost of the head and i tails that end at class r; begins[i - 1][r]: where the last of them begins.
+    # best[r]: the least cost of the head and i tails that end at class r; begins[i - 1][r]: where the last of them
+    # begins.
     ends = np.arange(n + 1)
     best = np.where(ends > 0, np.maximum(flat, (ends + n_clusters) * float(tokens)), np.inf)
     begins = []

@@ -58,9 +58,9 @@ class _AdaptiveSoftmax(nn.Module):
     def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k most probable classes: ``(..., d)`` to log-probabilities and classes ``(..., k)``, best first.
 
-        ``log_prob(input).topk(k)`` without the log-probabilities in memory: no class of a tail is more probable than the
-        tail's column in the head, so a row enters a tail only where that column beats its k-th best class so far. Exact;
-        between equally probable classes, any. On a GPU the host waits for the number of such rows.
+        ``log_prob(input).topk(k)`` without the log-probabilities in memory: no class of a tail is more probable than
+        the tail's column in the head, so a row enters a tail only where that column beats its k-th best class so far.
+        Exact; between equally probable classes, any. On a GPU the host waits for the number of such rows.
 
         Raises:
             ValueError: k is not between 1 and V.
@@ -104,8 +104,9 @@ def _log_softmax(x: Tensor, softmax) -> Tensor:
 class AdaptiveLogSoftmaxWithLoss(_AdaptiveSoftmax, nn.AdaptiveLogSoftmaxWithLoss):
     """``torch.nn.AdaptiveLogSoftmaxWithLoss`` without the logits in memory, and with the options that it lacks.
 
-    Constructor, parameters, state dict and ``(output, loss)`` are torch's, as are ``log_prob`` and ``predict``; output and
-    loss are fp32 for half-precision inputs, and any shape of ``target`` is taken. An empty tail gets zero gradients.
+    Constructor, parameters, state dict and ``(output, loss)`` are torch's, as are ``log_prob`` and ``predict``; output
+    and loss are fp32 for half-precision inputs, and any shape of ``target`` is taken. An empty tail gets zero
+    gradients.
 
     Args:
         in_features, n_classes, cutoffs, div_value, head_bias, device, dtype: as in torch.
@@ -139,7 +140,8 @@ class AdaptiveLogSoftmaxWithLoss(_AdaptiveSoftmax, nn.AdaptiveLogSoftmaxWithLoss
     def tables(self) -> Tables:
         layers: list[Any] = [self.head]
         projections: list[Tensor | None] = [None]
-        for projection, layer in self.tail:  # type: ignore[misc]
+        tails: Any = self.tail
+        for projection, layer in tails:
             layers.append(layer)
             projections.append(projection.weight)
         return Tables([layer.weight for layer in layers], [layer.bias for layer in layers], projections)
@@ -159,13 +161,13 @@ class ProjectedAdaptiveLogSoftmax(_AdaptiveSoftmax):
     (d_proj, d_embed // div_val**i)``, absent for ``div_val=1`` and ``d_proj = d_embed``.
 
     Args:
-        n_token, d_embed, d_proj, cutoffs, div_val: as upstream; ``cutoffs`` are increasing and without ``n_token``, and an
-            empty list is a full softmax.
-        order: of the head's tail columns: "descending" for kimiyoung's, NVIDIA's and salesforce's weights, "ascending" for
-            Hugging Face's.
+        n_token, d_embed, d_proj, cutoffs, div_val: as upstream; ``cutoffs`` are increasing and without ``n_token``,
+            and an empty list is a full softmax.
+        order: of the head's tail columns: "descending" for kimiyoung's, NVIDIA's and salesforce's weights, "ascending"
+            for Hugging Face's.
         weights, projections: parameters to share with an embedding (``emb_layers[i].weight`` and ``emb_projs[i]``), one
-            for each layer; None, as a whole or for one of them, makes new ones. Transformer-XL on WikiText-103 shares all
-            weights, and the projections of all but the head.
+            for each layer; None, as a whole or for one of them, makes new ones. Transformer-XL on WikiText-103 shares
+            all weights, and the projections of all but the head.
         ignore_index, reduction, label_smoothing, z_loss, backend: as in :func:`par_xl.adaptive_nll`.
 
     Raises:

@@ -1,7 +1,8 @@
 """Adaptive softmax: the negative log-likelihood of each token, without the logits in memory.
 
-The head is a softmax over the most frequent classes and one column for each of K tails; tail c is a softmax over its own
-classes. With z = W P x + b for the weights, the projection and the biases of one softmax of C columns, and y its target:
+The head is a softmax over the most frequent classes and one column for each of K tails; tail c is a softmax over its
+own classes. With z = W P x + b for the weights, the projection and the biases of one softmax of C columns, and y its
+target:
 
     nll(token) = loss(head; y, or the column of tail c) + [the target is in tail c] loss(tail c; y - first class of c)
     loss(z; y) = (1 - s) (lse - z_y) + s (lse - mean(z)) + w lse^2,   lse = log sum_c exp(z_c)
@@ -278,9 +279,9 @@ def adaptive_nll(
         input: ``(..., d)``; fp16, bf16, fp32 or fp64, any strides.
         target: ``(...)`` int32 or int64, classes 0..V-1 by falling frequency.
         weights: ``(cutoffs[0] + K, d_0)`` for the head, whose last K rows are the columns of the K tails, then one
-            ``(cutoffs[i] - cutoffs[i-1], d_i)`` for each tail, the last up to V. With ``cluster_weight``, the head's has
-            ``cutoffs[0]`` rows, or a single ``(V, d_0)`` serves the head and all tails. Tables may be shared with others
-            (an embedding): each argument gets its own gradient, and autograd adds them.
+            ``(cutoffs[i] - cutoffs[i-1], d_i)`` for each tail, the last up to V. With ``cluster_weight``, the head's
+            has ``cutoffs[0]`` rows, or a single ``(V, d_0)`` serves the head and all tails. Tables may be shared with
+            others (an embedding): each argument gets its own gradient, and autograd adds them.
         cutoffs: increasing, the first class of each of the K tails.
         biases: as many as weights, one for each row of it, or None.
         projections: K + 1 of ``(d_i, d)`` as in ``nn.Linear``, or None where ``d_i = d``.
@@ -291,8 +292,8 @@ def adaptive_nll(
         reduction: "none", "sum", or "mean" over the tokens that are not ignored.
         label_smoothing: weight of the uniform distribution, within the head and within the token's tail.
         z_loss: weight of ``lse^2``, of the head and of the token's tail.
-        workspace: bytes of logits at a time; default 256 MB on a GPU, 28 MB on the CPU. At 0 the Triton backend keeps no
-            logits in memory at all.
+        workspace: bytes of logits at a time; default 256 MB on a GPU, 28 MB on the CPU. At 0 the Triton backend keeps
+            no logits in memory at all.
         backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose.
 
     Returns:

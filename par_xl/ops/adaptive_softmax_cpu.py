@@ -2,7 +2,8 @@
 
 The tokens are sorted by tail; the head takes all of them and a tail its own. A block of rows of one softmax is then
 
-    h = x P^T,  z = h W^T  ->  C++: the loss, and dz in the place of z  ->  dW += dz^T h,  dh = dz W,  dP += dh^T x,  dx += dh P
+    h = x P^T,  z = h W^T  ->  C++: the loss, and dz in the place of z
+    ->  dW += dz^T h,  dh = dz W,  dP += dh^T x,  dx += dh P
 
 The logits z of a block are in a workspace that every block reuses: fresh memory would cost a page fault per 4 KB.
 """
