@@ -1,0 +1,244 @@
+"""Relative attention in Triton, forward; what the backward shares stands here too.
+
+A program owns BLOCK_M queries i = m0 + a of one head and walks over tiles of N = BLOCK_N keys j = n0 + b. The pair's
+position score is column p = j - i + Q - 1 of the product with all rows of r, hence column c = b - a + N - 1 of the 2N
+columns that start at p0 = n0 - m0 + Q - N:
+
+    left = qp r[p0 : p0+N]^T,  right = qp r[p0+N : p0+2N]^T           the next tile's left is this tile's right
+    shifted[a, b] = mixed[a, (b + N - 1 - a) % N],  mixed[a, c] = left[a, c] if c >= N - 1 - a else right[a, c]
+    score = qc k^T + shifted                                          qc, qp = (q + bias) * scale * log2(e), rounded once
+
+so a tile costs three products, one of them for the positions, and one rotation of each row. Needs BLOCK_M <= BLOCK_N.
+A tensor argument is a tuple (pointer, strides of all dimensions but the last, which is contiguous).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def flatten_tile(x):
+    """[M, N] -> [M * N] such that a warp's 32 accumulator lanes are neighbours, each in a memory bank of its own."""
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    return x.reshape(M // 8, 8, N // 8, 4, 2).permute(0, 2, 4, 1, 3).reshape(M * N)
+
+
+@triton.jit
+def place_in_tile(row, column, N: tl.constexpr):
+    """Where ``flatten_tile`` puts an element."""
+    return ((((row // 8) * (N // 8) + column // 8) * 2 + column % 2) * 8 + row % 8) * 4 + column // 2 % 4
+
+
+@triton.jit
+def permute_tile(x, places):
+    """x[M, N] with the element at ``places`` (M * N, in the order of ``flatten_tile``) moved to each element.
+
+    A rank-1 gather, which costs one store and one load of shared memory for each element; Triton lowers a gather of
+    higher rank to many shuffles between the lanes of a warp.
+    """
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    moved = tl.gather(flatten_tile(x), places, 0)
+    return moved.reshape(M // 8, N // 8, 2, 8, 4).permute(0, 3, 1, 4, 2).reshape(M, N)
+
+
+@triton.jit
+def head_rows(x, b, h, rows):
+    """Pointers to rows [N, 1] of x (B, H, rows, D)."""
+    return x[0] + b.to(tl.int64) * x[1] + h.to(tl.int64) * x[2] + rows.to(tl.int64)[:, None] * x[3]
+
+
+@triton.jit
+def key_rows(memory, segment, b, h, rows, n_memory, HAS_MEMORY: tl.constexpr):
+    """Pointers [N, 1] to rows that are counted over the memory, then the segment."""
+    pointers = head_rows(segment, b, h, rows - n_memory)
+    if HAS_MEMORY:
+        pointers = tl.where((rows < n_memory)[:, None], head_rows(memory, b, h, rows), pointers)
+    return pointers
+
+
+@triton.jit
+def load_rows(pointers, valid, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[N, BLOCK_D], zeros in rows that are not valid and in columns past the head width."""
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    mask = valid[:, None]
+    if WIDTH < BLOCK_D:
+        mask = mask & (columns < WIDTH)
+    return tl.load(pointers + columns, mask=mask, other=0)
+
+
+@triton.jit
+def store_rows(pointers, x, valid, WIDTH: tl.constexpr):
+    columns = tl.arange(0, x.shape[1])[None, :]
+    tl.store(pointers + columns, x.to(pointers.dtype.element_ty), mask=valid[:, None] & (columns < WIDTH))
+
+
+@triton.jit
+def load_bias(bias, h, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[1, BLOCK_D] of a bias (H, D)."""
+    columns = tl.arange(0, BLOCK_D)
+    return tl.load(bias[0] + h * bias[1] + columns, mask=columns < WIDTH, other=0).to(dtype)[None, :]
+
+
+@triton.jit
+def count_keys(lengths, b, n_memory, n_keys, HAS_LENGTHS: tl.constexpr):
+    """The real keys of a sequence, memory included, and whether its length is a possible one."""
+    end = n_keys
+    possible = True
+    if HAS_LENGTHS:
+        length = tl.load(lengths + b)
+        possible = (length >= 0) & (length <= n_keys - n_memory)
+        end = tl.minimum(tl.maximum(n_memory + length, n_memory), n_keys).to(tl.int32)
+    return end, possible
+
+
+@triton.jit
+def seen_keys(i, n_queries, n_keys, end, left, right):
+    """The keys [first, last) of queries i: -right <= i + (K - Q) - j <= left, j < end."""
+    middle = i + n_keys - n_queries
+    return tl.maximum(middle - left, 0), tl.minimum(middle + right + 1, end)
+
+
+@triton.jit
+def kept(seed, i, j, b, h, n_heads, n_queries, n_keys, dropout_p):
+    """Dropout's mask of queries i and keys j: the same for every tile size, and on every backend."""
+    row = ((b.to(tl.int64) * n_heads + h) * n_queries + i) * n_keys
+    return tl.rand(tl.load(seed), row + j) >= tl.full([1, 1], dropout_p, tl.float32)
+
+
+@triton.jit
+def _forward(
+    q, k, v, r, content_bias, position_bias, k_memory, v_memory, lengths, seed, out, lse,
+    n_heads, n_queries, n_memory, n_keys, n_positions, left, right,
+    factor: tl.float64, dropout_p: tl.float64,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # The heads of a sequence are neighbours and share r; its last queries, which see most, go first.
+    n_blocks = tl.cdiv(n_queries, BLOCK_M)
+    pid = tl.program_id(0)
+    h = pid % n_heads
+    b = pid // n_heads // n_blocks
+    m0 = (n_blocks - 1 - pid // n_heads % n_blocks) * BLOCK_M
+    dtype: tl.constexpr = q[0].dtype.element_ty
+    wide: tl.constexpr = lse.dtype.element_ty
+
+    a = tl.arange(0, BLOCK_M)
+    c = tl.arange(0, BLOCK_N)
+    i = m0 + a
+    is_query = i < n_queries
+    rows = load_rows(head_rows(q, b, h, i), is_query, WIDTH, BLOCK_D).to(wide)  # [M, D]
+    content_q = ((rows + load_bias(content_bias, h, wide, WIDTH, BLOCK_D)) * tl.full([1, 1], factor, wide)).to(dtype)
+    position_q = ((rows + load_bias(position_bias, h, wide, WIDTH, BLOCK_D)) * tl.full([1, 1], factor, wide)).to(dtype)
+
+    end, possible = count_keys(lengths, b, n_memory, n_keys, HAS_LENGTHS)
+    first, last = seen_keys(i, n_queries, n_keys, end, left, right)  # of each query
+    last_query = tl.minimum(m0 + BLOCK_M, n_queries) - 1
+    begin, all_end = seen_keys(m0, n_queries, n_keys, end, left, right)
+    all_begin, stop = seen_keys(last_query, n_queries, n_keys, end, left, right)
+
+    r_head = r[0] + h.to(tl.int64) * r[1]
+    position = begin - m0 + n_queries - BLOCK_N + c  # [N], the rows of left
+    left_r = load_rows(r_head + position.to(tl.int64)[:, None] * r[2], (position >= 0) & (position < n_positions), WIDTH, BLOCK_D)
+    left_scores = tl.dot(position_q, left_r.T, input_precision=PRECISION, out_dtype=wide)  # [M, N]
+    from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
+    places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
+
+    top = tl.full([BLOCK_M], -float("inf"), wide)
+    total = tl.zeros([BLOCK_M], wide)
+    mean = tl.zeros([BLOCK_M, BLOCK_D], wide)
+    for n0 in range(begin, stop, BLOCK_N):
+        j = n0 + c
+        is_key = j < stop
+        position += BLOCK_N
+        r_tile = load_rows(r_head + position.to(tl.int64)[:, None] * r[2], position < n_positions, WIDTH, BLOCK_D)
+        k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)
+        v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)
+        right_scores = tl.dot(position_q, r_tile.T, input_precision=PRECISION, out_dtype=wide)
+        scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
+        scores = tl.dot(content_q, k_tile.T, acc=scores, input_precision=PRECISION, out_dtype=wide)
+        left_scores = right_scores
+        if (n0 < all_begin) | (n0 + BLOCK_N > all_end):
+            scores = tl.where((j[None, :] >= first[:, None]) & (j[None, :] < last[:, None]), scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen no key yet
+        weights = tl.math.exp2(scores - base[:, None])
+        shrink = tl.math.exp2(top - base)
+        total = total * shrink + tl.sum(weights, 1)
+        if HAS_DROPOUT:
+            keep = kept(seed, i[:, None], j[None, :], b, h, n_heads, n_queries, n_keys, dropout_p)
+            weights = tl.where(keep, weights, 0.0)
+        mean = mean * shrink[:, None]
+        mean = tl.dot(weights.to(dtype), v_tile, acc=mean, input_precision=PRECISION, out_dtype=wide)
+        top = new_top
+
+    total = tl.where(total == 0, 1.0, total)  # a row that sees no key: 0, and a logarithm of -inf
+    result = mean / (total[:, None] * tl.full([1, 1], 1 - dropout_p, wide))
+    store_rows(head_rows(out, b, h, i), tl.where(possible, result, float("nan")), is_query, WIDTH)
+    row = (b.to(tl.int64) * n_heads + h) * n_queries + i
+    tl.store(lse + row, (top + tl.math.log2(total)) * 0.6931471805599453, mask=is_query)
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut and launched."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def forward_tiles(n_queries: int, block_d: int, dtype: torch.dtype, capability: int) -> Tiles:
+    if dtype in (torch.float32, torch.float64):
+        return Tiles(32 if n_queries > 16 else 16, 32, 4, 2)
+    if n_queries <= 16:
+        return Tiles(16, 64, 2, 2)
+    return Tiles(64, 64, 4 if block_d <= 64 else 8, 2)
+
+
+def capability() -> int:
+    """The architecture that kernels are compiled for, as 10 * major + minor."""
+    if triton.knobs.runtime.interpret:
+        return 90
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+def strided(x):
+    """A tensor as the kernels take it."""
+    return x, *x.stride()[:-1]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of the products, for ``tl.dot``."""
+    highest = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if highest else "tf32"
+
+
+def forward(
+    q, k, v, r, content_bias, position_bias, k_memory, v_memory, key_lengths, seed, left, right, scale, dropout_p, out, lse
+):
+    """Fills ``out (B, H, Q, D)`` and ``lse (B, H, Q)``."""
+    batch, heads, n_queries, width = q.shape
+    n_memory = 0 if k_memory is None else k_memory.shape[2]
+    n_keys = n_memory + k.shape[2]
+    block_d = max(triton.next_power_of_2(width), 16)
+    tiles = forward_tiles(n_queries, block_d, q.dtype, capability())
+    programs = batch * heads * triton.cdiv(n_queries, tiles.rows)
+    if programs == 0:
+        return
+    memory = (strided(k if k_memory is None else k_memory), strided(v if v_memory is None else v_memory))
+    _forward[(programs,)](
+        strided(q), strided(k), strided(v), strided(r), strided(content_bias), strided(position_bias), *memory,
+        lse if key_lengths is None else key_lengths, lse if seed is None else seed, strided(out), lse,
+        heads, n_queries, n_memory, n_keys, r.shape[1], min(left, n_keys), min(right, n_queries),
+        scale * LOG2_E, dropout_p,
+        WIDTH=width, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_D=block_d, HAS_MEMORY=n_memory > 0,
+        HAS_LENGTHS=key_lengths is not None, HAS_DROPOUT=dropout_p > 0, PRECISION=precision(q.dtype),
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
