@@ -1,0 +1,351 @@
+"""Relative attention in Triton, backward: deterministic, without atomics, with a scratch of a fixed size.
+
+Two kernels recompute the weights, see rel_attention.py for the layout of a tile. One owns queries and walks over keys:
+
+    dS = P * (grad v^T - delta),  dq = scale * (dS k + dBD r)
+
+where dBD is dS moved back to the columns p of r. Per row that is a rotation, whose columns belong to this tile's left
+rows of r or to its right ones, which are the next tile's left: each block of N columns is complete when its tile comes as
+left. It goes to a scratch (heads, sequences, queries, positions), from which the vendor's product makes
+dr = dBD^T (q + position_bias); heads, sequences and queries take turns in it. The other kernel owns keys and walks over
+queries, on transposed tiles: dk = dS^T (q + content_bias), dv = P^T grad.
+"""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+
+from par_xl.kernels.rel_attention import (
+    LOG2_E,
+    Tiles,
+    capability,
+    count_keys,
+    flatten_tile,
+    head_rows,
+    kept,
+    key_rows,
+    load_bias,
+    load_rows,
+    permute_tile,
+    place_in_tile,
+    precision,
+    seen_keys,
+    store_rows,
+    strided,
+)
+
+SCRATCH_BYTES = 2**28
+
+
+@triton.jit
+def _prepare(
+    q, content_bias, position_bias, out, grad, lse, content_q, position_q, peak, delta,
+    n_heads, n_queries, factor: tl.float64,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Both queries in the forward's rounding, delta = grad . out, and peak = lse in powers of two."""
+    n_blocks = tl.cdiv(n_queries, BLOCK_M)
+    pid = tl.program_id(0)
+    h = pid // n_blocks % n_heads
+    b = pid // n_blocks // n_heads
+    wide: tl.constexpr = lse.dtype.element_ty
+    i = pid % n_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_query = i < n_queries
+    row = (b.to(tl.int64) * n_heads + h) * n_queries + i
+    top = tl.load(lse + row, mask=is_query, other=-float("inf"))
+    sees = top != -float("inf")  # a row that sees no key has no gradient, whatever it holds
+    rows = load_rows(head_rows(q, b, h, i), sees, WIDTH, BLOCK_D).to(wide)  # [M, D]
+    dot = tl.sum(
+        load_rows(head_rows(out, b, h, i), sees, WIDTH, BLOCK_D).to(wide)
+        * load_rows(head_rows(grad, b, h, i), sees, WIDTH, BLOCK_D).to(wide),
+        1,
+    )
+    scaled = tl.full([1, 1], factor, wide)
+    content = (rows + load_bias(content_bias, h, wide, WIDTH, BLOCK_D)) * scaled
+    position = (rows + load_bias(position_bias, h, wide, WIDTH, BLOCK_D)) * scaled
+    store_rows(head_rows(content_q, b, h, i), content, is_query, BLOCK_D)
+    store_rows(head_rows(position_q, b, h, i), position, is_query, BLOCK_D)
+    tl.store(peak + row, tl.where(sees, top * 1.4426950408889634, float("inf")), mask=is_query)
+    tl.store(delta + row, dot, mask=is_query)
+
+
+@triton.jit
+def _differentiate_queries(
+    content_q, position_q, k, v, r, k_memory, v_memory, lengths, seed, grad, peak, delta,
+    dq, d_content_bias, d_position_bias, scratch,
+    first_head, first_sequence, first_query, chunk_heads, chunk_sequences, chunk_queries,
+    n_heads, n_queries, n_memory, n_keys, n_positions, first_position, n_columns, left, right,
+    scale: tl.float64, dropout_p: tl.float64,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(chunk_queries, BLOCK_M)
+    pid = tl.program_id(0)
+    chunk_h = pid % chunk_heads
+    chunk_b = pid // chunk_heads // n_blocks
+    chunk_row = (n_blocks - 1 - pid // chunk_heads % n_blocks) * BLOCK_M  # those that see most go first
+    h = first_head + chunk_h
+    b = first_sequence + chunk_b
+    m0 = first_query + chunk_row
+    dtype: tl.constexpr = k[0].dtype.element_ty
+    wide: tl.constexpr = peak.dtype.element_ty
+
+    a = tl.arange(0, BLOCK_M)
+    c = tl.arange(0, BLOCK_N)
+    i = m0 + a
+    is_query = i < n_queries
+    content = load_rows(head_rows(content_q, b, h, i), is_query, BLOCK_D, BLOCK_D)  # [M, D]
+    position = load_rows(head_rows(position_q, b, h, i), is_query, BLOCK_D, BLOCK_D)
+    d_out = load_rows(head_rows(grad, b, h, i), is_query, WIDTH, BLOCK_D)
+    row = (b.to(tl.int64) * n_heads + h) * n_queries + i
+    row_peak = tl.load(peak + row, mask=is_query, other=float("inf"))[:, None]
+    row_delta = tl.load(delta + row, mask=is_query, other=0)[:, None]
+
+    end, _ = count_keys(lengths, b, n_memory, n_keys, HAS_LENGTHS)
+    first, last = seen_keys(i, n_queries, n_keys, end, left, right)  # of each query
+    last_query = tl.minimum(m0 + BLOCK_M, n_queries) - 1
+    begin, all_end = seen_keys(m0, n_queries, n_keys, end, left, right)
+    all_begin, stop = seen_keys(last_query, n_queries, n_keys, end, left, right)
+
+    # Tiles start where the first row of left stands at a multiple of BLOCK_N in the scratch.
+    column = (begin - m0 + n_queries - first_position) // BLOCK_N * BLOCK_N - BLOCK_N
+    start = column + first_position + m0 - n_queries + BLOCK_N
+    r_head = r[0] + h.to(tl.int64) * r[1]
+    used = tl.minimum(n_positions, n_queries - 1 + end)  # rows of r from here on belong to no pair
+    p = first_position + column + c  # [N], the rows of left
+    left_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], (p >= 0) & (p < used), WIDTH, BLOCK_D)
+    left_scores = tl.dot(position, left_r.T, input_precision=PRECISION, out_dtype=wide)  # [M, N]
+    from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
+    places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
+    places_back = flatten_tile(place_in_tile(a[:, None], (c[None, :] + a[:, None] + 1) % BLOCK_N, BLOCK_N))
+
+    chunk = (chunk_h.to(tl.int64) * chunk_sequences + chunk_b) * chunk_queries + chunk_row + a
+    scratch_rows = scratch + chunk[:, None] * n_columns + c[None, :]
+    for zero in range(0, tl.minimum(tl.maximum(column, 0), n_columns), BLOCK_N):
+        tl.store(scratch_rows + zero, tl.zeros([BLOCK_M, BLOCK_N], dtype), mask=is_query[:, None])
+
+    previous = tl.zeros([BLOCK_M, BLOCK_N], wide)
+    d_content = tl.zeros([BLOCK_M, BLOCK_D], wide)
+    d_position = tl.zeros([BLOCK_M, BLOCK_D], wide)
+    for n0 in range(start, stop, BLOCK_N):
+        j = n0 + c
+        is_key = (j >= begin) & (j < stop)
+        left_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], (p >= first_position) & (p < used), WIDTH, BLOCK_D)
+        p += BLOCK_N
+        right_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], p < used, WIDTH, BLOCK_D)
+        k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)
+        v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)
+        right_scores = tl.dot(position, right_r.T, input_precision=PRECISION, out_dtype=wide)
+        scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
+        scores = tl.dot(content, k_tile.T, acc=scores, input_precision=PRECISION, out_dtype=wide)
+        left_scores = right_scores
+        weights = tl.math.exp2(scores - row_peak)
+        d_weights = tl.dot(d_out, v_tile.T, input_precision=PRECISION, out_dtype=wide)
+        if HAS_DROPOUT:
+            keep = kept(seed, i[:, None], j[None, :], b, h, n_heads, n_queries, n_keys, dropout_p)
+            d_weights = tl.where(keep, d_weights / tl.full([1, 1], 1 - dropout_p, wide), 0.0)
+        d_scores = weights * (d_weights - row_delta)
+        if (n0 < all_begin) | (n0 + BLOCK_N > all_end):
+            d_scores = tl.where((j[None, :] >= first[:, None]) & (j[None, :] < last[:, None]), d_scores, 0.0)
+        d_content = tl.dot(d_scores.to(dtype), k_tile, acc=d_content, input_precision=PRECISION, out_dtype=wide)
+        rotated = permute_tile(d_scores, places_back)
+        d_left = tl.where(from_left, rotated, previous).to(dtype)
+        d_position = tl.dot(d_left, left_r, acc=d_position, input_precision=PRECISION, out_dtype=wide)
+        tl.store(scratch_rows + column, d_left, mask=is_query[:, None] & (column >= 0))
+        previous = rotated
+        column += BLOCK_N
+    # What is left of the last tile belongs to its right rows.
+    if (column >= 0) & (column < n_columns):
+        right_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], p < used, WIDTH, BLOCK_D)
+        d_right = tl.where(from_left, 0.0, previous).to(dtype)
+        d_position = tl.dot(d_right, right_r, acc=d_position, input_precision=PRECISION, out_dtype=wide)
+        tl.store(scratch_rows + column, d_right, mask=is_query[:, None])
+    for zero in range(tl.maximum(column + BLOCK_N, 0), n_columns, BLOCK_N):
+        tl.store(scratch_rows + zero, tl.zeros([BLOCK_M, BLOCK_N], dtype), mask=is_query[:, None])
+
+    factor = tl.full([1, 1], scale, wide)
+    store_rows(head_rows(dq, b, h, i), (d_content + d_position) * factor, is_query, WIDTH)
+    block = ((b * tl.cdiv(n_queries, BLOCK_M) + m0 // BLOCK_M) * n_heads + h).to(tl.int64)
+    columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    tl.store(d_content_bias + columns, tl.sum(d_content * factor, 0))
+    tl.store(d_position_bias + columns, tl.sum(d_position * factor, 0))
+
+
+@triton.jit
+def seen_by(j, n_queries, n_keys, left, right):
+    """The queries [first, last) that see keys j."""
+    middle = j - (n_keys - n_queries)
+    return tl.maximum(middle - right, 0), tl.minimum(middle + left + 1, n_queries)
+
+
+@triton.jit
+def _differentiate_keys(
+    content_q, position_q, k, v, r, k_memory, v_memory, lengths, seed, grad, peak, delta, dk, dv, dk_memory, dv_memory,
+    n_heads, n_queries, n_memory, n_keys, n_positions, left, right, dropout_p: tl.float64,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(n_keys, BLOCK_N)
+    pid = tl.program_id(0)
+    h = pid % n_heads
+    b = pid // n_heads // n_blocks
+    n0 = pid // n_heads % n_blocks * BLOCK_N  # the first keys, which most queries see, go first
+    dtype: tl.constexpr = k[0].dtype.element_ty
+    wide: tl.constexpr = peak.dtype.element_ty
+
+    a = tl.arange(0, BLOCK_M)
+    c = tl.arange(0, BLOCK_N)
+    j = n0 + c
+    end, _ = count_keys(lengths, b, n_memory, n_keys, HAS_LENGTHS)
+    is_key = j < end
+    k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)  # [N, D]
+    v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)
+
+    last_key = tl.minimum(n0 + BLOCK_N, end) - 1
+    begin, all_end = seen_by(n0, n_queries, n_keys, left, right)
+    all_begin, stop = seen_by(last_key, n_queries, n_keys, left, right)
+    stop = tl.where(n0 < end, stop, 0)
+    all_end = tl.where(n0 + BLOCK_N <= end, all_end, 0)
+    r_head = r[0] + h.to(tl.int64) * r[1]
+    from_left = c[:, None] >= BLOCK_N - 1 - a[None, :]
+    places = flatten_tile(place_in_tile((c[:, None] + (BLOCK_N - 1 - a[None, :])) % BLOCK_N, a[None, :], BLOCK_M))
+    head = (b.to(tl.int64) * n_heads + h) * n_queries
+
+    dk_tile = tl.zeros([BLOCK_N, BLOCK_D], wide)
+    dv_tile = tl.zeros([BLOCK_N, BLOCK_D], wide)
+    for m0 in range(begin, stop, BLOCK_M):
+        i = m0 + a
+        first, last = seen_keys(i, n_queries, n_keys, end, left, right)
+        is_query = (i < stop) & (first < last)
+        p = n0 - m0 + n_queries - BLOCK_N + c  # [N], the rows of left
+        left_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], (p >= 0) & (p < n_positions), WIDTH, BLOCK_D)
+        p += BLOCK_N
+        right_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], p < n_positions, WIDTH, BLOCK_D)
+        position = load_rows(head_rows(position_q, b, h, i), is_query, BLOCK_D, BLOCK_D)  # [M, D]
+        content = load_rows(head_rows(content_q, b, h, i), is_query, BLOCK_D, BLOCK_D)
+        d_out = load_rows(head_rows(grad, b, h, i), is_query, WIDTH, BLOCK_D)
+        row_peak = tl.load(peak + head + i, mask=is_query, other=float("inf"))[None, :]
+        row_delta = tl.load(delta + head + i, mask=is_query, other=0)[None, :]
+        left_scores = tl.dot(left_r, position.T, input_precision=PRECISION, out_dtype=wide)  # [N, M]
+        right_scores = tl.dot(right_r, position.T, input_precision=PRECISION, out_dtype=wide)
+        scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
+        scores = tl.dot(k_tile, content.T, acc=scores, input_precision=PRECISION, out_dtype=wide)
+        weights = tl.math.exp2(scores - row_peak)
+        masked = (m0 < all_begin) | (m0 + BLOCK_M > all_end)
+        visible = (j[:, None] >= first[None, :]) & (j[:, None] < last[None, :]) & is_query[None, :]
+        if masked:
+            weights = tl.where(visible, weights, 0.0)
+        d_weights = tl.dot(v_tile, d_out.T, input_precision=PRECISION, out_dtype=wide)
+        dropped = weights
+        if HAS_DROPOUT:
+            keep = kept(seed, i[None, :], j[:, None], b, h, n_heads, n_queries, n_keys, dropout_p)
+            d_weights = tl.where(keep, d_weights / tl.full([1, 1], 1 - dropout_p, wide), 0.0)
+            dropped = tl.where(keep, weights, 0.0)
+        dv_tile = tl.dot(dropped.to(dtype), d_out, acc=dv_tile, input_precision=PRECISION, out_dtype=wide)
+        d_scores = weights * (d_weights - row_delta)
+        if masked:
+            d_scores = tl.where(visible, d_scores, 0.0)
+        dk_tile = tl.dot(d_scores.to(dtype), content, acc=dk_tile, input_precision=PRECISION, out_dtype=wide)
+
+    dk_tile *= tl.full([1, 1], 0.6931471805599453, wide)  # content_q holds the scale, in powers of two
+    dv_tile /= tl.full([1, 1], 1 - dropout_p, wide)
+    is_key = j < n_keys
+    store_rows(key_rows(dk_memory, dk, b, h, j, n_memory, HAS_MEMORY), dk_tile, is_key, WIDTH)
+    store_rows(key_rows(dv_memory, dv, b, h, j, n_memory, HAS_MEMORY), dv_tile, is_key, WIDTH)
+
+
+def query_tiles(block_d: int, dtype: torch.dtype, capability: int) -> Tiles:
+    if dtype in (torch.float32, torch.float64):
+        return Tiles(32, 32, 8, 1)
+    return Tiles(64, 64, 8, 2)
+
+
+def key_tiles(block_d: int, dtype: torch.dtype, capability: int) -> Tiles:
+    if dtype in (torch.float32, torch.float64):
+        return Tiles(32, 32, 8, 1)
+    return Tiles(64, 64, 8, 2)
+
+
+def _add_product(total, x, y):
+    """total += x y; the sum is in total's type, to which the interpreter's CPU has no product of narrower ones."""
+    if x.is_cuda and x.dtype != total.dtype:
+        torch.baddbmm(total, x, y, out_dtype=total.dtype, out=total)
+    else:
+        total.baddbmm_(x.to(total.dtype), y.to(total.dtype))
+
+
+def _chunks(batch, heads, n_queries, row_bytes, block_m):
+    """Cuts of the problem whose scratch stays within its budget: (heads, sequences, queries), each a range."""
+    queries = min(n_queries, max(SCRATCH_BYTES // row_bytes // block_m, 1) * block_m)
+    sequences = min(batch, max(SCRATCH_BYTES // (row_bytes * queries), 1))
+    together = min(heads, max(SCRATCH_BYTES // (row_bytes * queries * sequences), 1))
+    cuts = (heads, together), (batch, sequences), (n_queries, queries)
+    return itertools.product(*[[range(x, min(x + n, size)) for x in range(0, size, n)] for size, n in cuts])
+
+
+def backward(
+    grad, q, k, v, r, content_bias, position_bias, k_memory, v_memory, key_lengths, seed, out, lse,
+    left, right, scale, dropout_p, dq, dk, dv, dr, d_content_bias, d_position_bias, dk_memory, dv_memory,
+):  # fmt: skip
+    """Fills the gradients of the forward's inputs; those of an absent memory are not touched."""
+    batch, heads, n_queries, width = q.shape
+    n_memory = 0 if k_memory is None else k_memory.shape[2]
+    n_keys = n_memory + k.shape[2]
+    left, right = min(left, n_keys), min(right, n_queries)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    block_d = max(triton.next_power_of_2(width), 16)
+    by_query, by_key = (tiles(block_d, q.dtype, capability()) for tiles in (query_tiles, key_tiles))
+
+    content_q, position_q = q.new_empty(2, heads, batch, n_queries, block_d).transpose(1, 2).unbind()
+    peak, delta = lse.new_empty(2, *lse.shape).unbind()
+    if q.numel():
+        _prepare[(batch * heads * triton.cdiv(n_queries, 32),)](
+            strided(q), strided(content_bias), strided(position_bias), strided(out), strided(grad), lse,
+            strided(content_q), strided(position_q), peak, delta, heads, n_queries, scale * LOG2_E,
+            WIDTH=width, BLOCK_M=32, BLOCK_D=block_d,
+        )  # fmt: skip
+
+    absent = k_memory is None
+    common = (
+        strided(content_q), strided(position_q), strided(k), strided(v), strided(r),
+        strided(k if absent else k_memory), strided(v if absent else v_memory),
+        lse if key_lengths is None else key_lengths, lse if seed is None else seed, strided(grad), peak, delta,
+    )  # fmt: skip
+    flags = dict(
+        WIDTH=width, BLOCK_D=block_d, HAS_MEMORY=n_memory > 0, HAS_LENGTHS=key_lengths is not None,
+        HAS_DROPOUT=dropout_p > 0, PRECISION=precision(q.dtype),
+    )  # fmt: skip
+    programs = batch * heads * triton.cdiv(n_keys, by_key.columns)
+    if programs and width:
+        _differentiate_keys[(programs,)](
+            *common, strided(dk), strided(dv), strided(dk if absent else dk_memory), strided(dv if absent else dv_memory),
+            heads, n_queries, n_memory, n_keys, r.shape[1], left, right, dropout_p,
+            BLOCK_M=by_key.rows, BLOCK_N=by_key.columns, num_warps=by_key.warps, num_stages=by_key.stages, **flags,
+        )  # fmt: skip
+
+    # The rows of r that a pair can use are the columns of the scratch, rounded up to whole tiles.
+    low, high = max(n_keys - 1 - left, 0), min(n_keys + right, r.shape[1])
+    n_columns = triton.cdiv(max(high - low, 1), by_query.columns) * by_query.columns
+    n_blocks = triton.cdiv(n_queries, by_query.rows)
+    d_biases = peak.new_zeros(2, batch * n_blocks, heads, block_d)
+    d_rows = peak.new_zeros(heads, n_columns, block_d)
+    scratch = None
+    for h, b, i in _chunks(batch, heads, n_queries, n_columns * q.element_size(), by_query.rows) if q.numel() else ():
+        size = len(h) * len(b) * len(i) * n_columns
+        scratch = q.new_empty(size) if scratch is None else scratch
+        _differentiate_queries[(len(h) * len(b) * triton.cdiv(len(i), by_query.rows),)](
+            *common, strided(dq), *d_biases.unbind(), scratch, h.start, b.start, i.start, len(h), len(b), len(i),
+            heads, n_queries, n_memory, n_keys, r.shape[1], low, n_columns, left, right, scale, dropout_p,
+            BLOCK_M=by_query.rows, BLOCK_N=by_query.columns, num_warps=by_query.warps, num_stages=by_query.stages,
+            **flags,
+        )  # fmt: skip
+        by_head = scratch[:size].view(len(h), len(b) * len(i), n_columns)
+        queries = position_q.transpose(0, 1)[h.start : h.stop, b.start : b.stop, i.start : i.stop]
+        _add_product(d_rows[h.start : h.stop], by_head.mT, queries.reshape(len(h), -1, block_d))
+    dr.zero_()
+    if high > low:
+        dr[:, low:high].copy_(d_rows[:, : high - low, :width] / LOG2_E)  # position_q holds the scale, in powers of two
+    for bias, sums in zip((d_content_bias, d_position_bias), d_biases, strict=True):
+        bias.copy_(sums.sum(0)[:, :width])
