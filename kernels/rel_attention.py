@@ -49,6 +49,15 @@ def permute_tile(x, places):
 
 
 @triton.jit
+def end_chain(x, never):
+    """x itself. From a product that leads to another in straight code Triton takes all warps to one row each, and two
+    groups of four compute the same 64 rows twice; a branch hides the other product, even one that is never taken."""
+    if never:
+        x = x * 0
+    return x
+
+
+@triton.jit
 def head_rows(x, b, h, rows):
     """Pointers to rows [N, 1] of x (B, H, rows, D)."""
     return x[0] + b.to(tl.int64) * x[1] + h.to(tl.int64) * x[2] + rows.to(tl.int64)[:, None] * x[3]
@@ -161,6 +170,7 @@ def _forward(
         k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)
         v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)
         right_scores = tl.dot(position_q, r_tile.T, input_precision=PRECISION, out_dtype=wide)
+        right_scores = end_chain(right_scores, n0 >= stop)
         scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
         scores = tl.dot(content_q, k_tile.T, acc=scores, input_precision=PRECISION, out_dtype=wide)
         left_scores = right_scores
@@ -209,6 +219,11 @@ def capability() -> int:
     return triton.runtime.driver.active.get_current_target().arch
 
 
+def padded(width: int) -> int:
+    """The columns of a tile that holds the head width: a power of two, at least the depth of one product."""
+    return max(triton.next_power_of_2(width), 16)
+
+
 def strided(x):
     """A tensor as the kernels take it."""
     return x, *x.stride()[:-1]
@@ -227,7 +242,7 @@ def forward(
     batch, heads, n_queries, width = q.shape
     n_memory = 0 if k_memory is None else k_memory.shape[2]
     n_keys = n_memory + k.shape[2]
-    block_d = max(triton.next_power_of_2(width), 16)
+    block_d = padded(width)
     tiles = forward_tiles(n_queries, block_d, q.dtype, capability())
     programs = batch * heads * triton.cdiv(n_queries, tiles.rows)
     if programs == 0:
@@ -236,7 +251,7 @@ def forward(
     _forward[(programs,)](
         strided(q), strided(k), strided(v), strided(r), strided(content_bias), strided(position_bias), *memory,
         lse if key_lengths is None else key_lengths, lse if seed is None else seed, strided(out), lse,
-        heads, n_queries, n_memory, n_keys, r.shape[1], min(left, n_keys), min(right, n_queries),
+        heads, n_queries, n_memory, n_keys, r.shape[1], min(left, n_keys), min(right, max(n_queries - 1, 0)),
         scale * LOG2_E, dropout_p,
         WIDTH=width, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_D=block_d, HAS_MEMORY=n_memory > 0,
         HAS_LENGTHS=key_lengths is not None, HAS_DROPOUT=dropout_p > 0, PRECISION=precision(q.dtype),

@@ -22,12 +22,14 @@ from par_xl.kernels.rel_attention import (
     Tiles,
     capability,
     count_keys,
+    end_chain,
     flatten_tile,
     head_rows,
     kept,
     key_rows,
     load_bias,
     load_rows,
+    padded,
     permute_tile,
     place_in_tile,
     precision,
@@ -72,12 +74,21 @@ def _prepare(
 
 
 @triton.jit
+def in_accumulators(x, dtype: tl.constexpr):
+    """x itself, where a product leaves it. Triton would else gather it in the layout of the store, which has many bank
+    conflicts, and once more for each other use."""
+    if dtype.primitive_bitwidth == 16:
+        x = tl.dot(tl.zeros([x.shape[0], 16], dtype), tl.zeros([16, x.shape[1]], dtype), acc=x)
+    return x
+
+
+@triton.jit
 def _differentiate_queries(
     content_q, position_q, k, v, r, k_memory, v_memory, lengths, seed, grad, peak, delta,
-    dq, d_content_bias, d_position_bias, scratch,
+    d_content, scratch,
     first_head, first_sequence, first_query, chunk_heads, chunk_sequences, chunk_queries,
     n_heads, n_queries, n_memory, n_keys, n_positions, first_position, n_columns, left, right,
-    scale: tl.float64, dropout_p: tl.float64,
+    dropout_p: tl.float64,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -113,9 +124,8 @@ def _differentiate_queries(
     column = (begin - m0 + n_queries - first_position) // BLOCK_N * BLOCK_N - BLOCK_N
     start = column + first_position + m0 - n_queries + BLOCK_N
     r_head = r[0] + h.to(tl.int64) * r[1]
-    used = tl.minimum(n_positions, n_queries - 1 + end)  # rows of r from here on belong to no pair
     p = first_position + column + c  # [N], the rows of left
-    left_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], (p >= 0) & (p < used), WIDTH, BLOCK_D)
+    left_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], (p >= 0) & (p < n_positions), WIDTH, BLOCK_D)
     left_scores = tl.dot(position, left_r.T, input_precision=PRECISION, out_dtype=wide)  # [M, N]
     from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
     places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
@@ -127,17 +137,16 @@ def _differentiate_queries(
         tl.store(scratch_rows + zero, tl.zeros([BLOCK_M, BLOCK_N], dtype), mask=is_query[:, None])
 
     previous = tl.zeros([BLOCK_M, BLOCK_N], wide)
-    d_content = tl.zeros([BLOCK_M, BLOCK_D], wide)
-    d_position = tl.zeros([BLOCK_M, BLOCK_D], wide)
+    total = tl.zeros([BLOCK_M, BLOCK_D], wide)
     for n0 in range(start, stop, BLOCK_N):
         j = n0 + c
         is_key = (j >= begin) & (j < stop)
-        left_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], (p >= first_position) & (p < used), WIDTH, BLOCK_D)
         p += BLOCK_N
-        right_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], p < used, WIDTH, BLOCK_D)
+        right_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], p < n_positions, WIDTH, BLOCK_D)
         k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)
         v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)
         right_scores = tl.dot(position, right_r.T, input_precision=PRECISION, out_dtype=wide)
+        right_scores = end_chain(right_scores, n0 >= stop)
         scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
         scores = tl.dot(content, k_tile.T, acc=scores, input_precision=PRECISION, out_dtype=wide)
         left_scores = right_scores
@@ -149,28 +158,20 @@ def _differentiate_queries(
         d_scores = weights * (d_weights - row_delta)
         if (n0 < all_begin) | (n0 + BLOCK_N > all_end):
             d_scores = tl.where((j[None, :] >= first[:, None]) & (j[None, :] < last[:, None]), d_scores, 0.0)
-        d_content = tl.dot(d_scores.to(dtype), k_tile, acc=d_content, input_precision=PRECISION, out_dtype=wide)
-        rotated = permute_tile(d_scores, places_back)
+        total = tl.dot(d_scores.to(dtype), k_tile, acc=total, input_precision=PRECISION, out_dtype=wide)
+        rotated = in_accumulators(permute_tile(d_scores, places_back), dtype)
         d_left = tl.where(from_left, rotated, previous).to(dtype)
-        d_position = tl.dot(d_left, left_r, acc=d_position, input_precision=PRECISION, out_dtype=wide)
         tl.store(scratch_rows + column, d_left, mask=is_query[:, None] & (column >= 0))
         previous = rotated
         column += BLOCK_N
     # What is left of the last tile belongs to its right rows.
-    if (column >= 0) & (column < n_columns):
-        right_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], p < used, WIDTH, BLOCK_D)
-        d_right = tl.where(from_left, 0.0, previous).to(dtype)
-        d_position = tl.dot(d_right, right_r, acc=d_position, input_precision=PRECISION, out_dtype=wide)
-        tl.store(scratch_rows + column, d_right, mask=is_query[:, None])
+    d_right = tl.where(from_left, 0.0, previous).to(dtype)
+    tl.store(scratch_rows + column, d_right, mask=is_query[:, None] & (column >= 0) & (column < n_columns))
     for zero in range(tl.maximum(column + BLOCK_N, 0), n_columns, BLOCK_N):
         tl.store(scratch_rows + zero, tl.zeros([BLOCK_M, BLOCK_N], dtype), mask=is_query[:, None])
 
-    factor = tl.full([1, 1], scale, wide)
-    store_rows(head_rows(dq, b, h, i), (d_content + d_position) * factor, is_query, WIDTH)
-    block = ((b * tl.cdiv(n_queries, BLOCK_M) + m0 // BLOCK_M) * n_heads + h).to(tl.int64)
-    columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    tl.store(d_content_bias + columns, tl.sum(d_content * factor, 0))
-    tl.store(d_position_bias + columns, tl.sum(d_position * factor, 0))
+    d_columns = tl.arange(0, BLOCK_D)
+    tl.store(d_content + chunk[:, None] * BLOCK_D + d_columns, total, mask=is_query[:, None])
 
 
 @triton.jit
@@ -230,6 +231,8 @@ def _differentiate_keys(
         row_delta = tl.load(delta + head + i, mask=is_query, other=0)[None, :]
         left_scores = tl.dot(left_r, position.T, input_precision=PRECISION, out_dtype=wide)  # [N, M]
         right_scores = tl.dot(right_r, position.T, input_precision=PRECISION, out_dtype=wide)
+        left_scores = end_chain(left_scores, m0 >= stop)
+        right_scores = end_chain(right_scores, m0 >= stop)
         scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
         scores = tl.dot(k_tile, content.T, acc=scores, input_precision=PRECISION, out_dtype=wide)
         weights = tl.math.exp2(scores - row_peak)
@@ -268,21 +271,28 @@ def key_tiles(block_d: int, dtype: torch.dtype, capability: int) -> Tiles:
     return Tiles(64, 64, 8, 2)
 
 
-def _add_product(total, x, y):
-    """total += x y; the sum is in total's type, to which the interpreter's CPU has no product of narrower ones."""
-    if x.is_cuda and x.dtype != total.dtype:
-        torch.baddbmm(total, x, y, out_dtype=total.dtype, out=total)
-    else:
-        total.baddbmm_(x.to(total.dtype), y.to(total.dtype))
+def _product(x, y, wide):
+    """x y in a wider type than theirs, which on the CPU, for the interpreter, torch has no product for."""
+    if x.is_cuda and x.dtype != wide:
+        return torch.bmm(x, y, out_dtype=wide)
+    return torch.bmm(x.to(wide), y.to(wide))
 
 
 def _chunks(batch, heads, n_queries, row_bytes, block_m):
-    """Cuts of the problem whose scratch stays within its budget: (heads, sequences, queries), each a range."""
+    """Cuts of the problem whose scratch stays within its budget: ranges of heads, sequences and queries."""
     queries = min(n_queries, max(SCRATCH_BYTES // row_bytes // block_m, 1) * block_m)
     sequences = min(batch, max(SCRATCH_BYTES // (row_bytes * queries), 1))
     together = min(heads, max(SCRATCH_BYTES // (row_bytes * queries * sequences), 1))
     cuts = (heads, together), (batch, sequences), (n_queries, queries)
     return itertools.product(*[[range(x, min(x + n, size)) for x in range(0, size, n)] for size, n in cuts])
+
+
+def _used_rows(r, low, high, n_columns, block_d, n_seen):
+    """Rows [low, high) of r, zeros for those from n_seen on, which belong to no pair and may hold anything."""
+    rows = r[:, low:high]
+    if n_seen is not None:
+        rows = torch.where(torch.arange(low, high, device=r.device)[:, None] < n_seen, rows, 0)
+    return torch.nn.functional.pad(rows, (0, block_d - r.shape[2], 0, n_columns - (high - low)))
 
 
 def backward(
@@ -291,13 +301,12 @@ def backward(
 ):  # fmt: skip
     """Fills the gradients of the forward's inputs; those of an absent memory are not touched."""
     batch, heads, n_queries, width = q.shape
-    n_memory = 0 if k_memory is None else k_memory.shape[2]
+    absent = k_memory is None
+    n_memory = 0 if absent else k_memory.shape[2]
     n_keys = n_memory + k.shape[2]
-    left, right = min(left, n_keys), min(right, n_queries)
+    left, right = min(left, n_keys), min(right, max(n_queries - 1, 0))
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    block_d = max(triton.next_power_of_2(width), 16)
-    by_query, by_key = (tiles(block_d, q.dtype, capability()) for tiles in (query_tiles, key_tiles))
-
+    block_d = padded(width)
     content_q, position_q = q.new_empty(2, heads, batch, n_queries, block_d).transpose(1, 2).unbind()
     peak, delta = lse.new_empty(2, *lse.shape).unbind()
     if q.numel():
@@ -306,9 +315,7 @@ def backward(
             strided(content_q), strided(position_q), peak, delta, heads, n_queries, scale * LOG2_E,
             WIDTH=width, BLOCK_M=32, BLOCK_D=block_d,
         )  # fmt: skip
-
-    absent = k_memory is None
-    common = (
+    tensors = (
         strided(content_q), strided(position_q), strided(k), strided(v), strided(r),
         strided(k if absent else k_memory), strided(v if absent else v_memory),
         lse if key_lengths is None else key_lengths, lse if seed is None else seed, strided(grad), peak, delta,
@@ -317,35 +324,43 @@ def backward(
         WIDTH=width, BLOCK_D=block_d, HAS_MEMORY=n_memory > 0, HAS_LENGTHS=key_lengths is not None,
         HAS_DROPOUT=dropout_p > 0, PRECISION=precision(q.dtype),
     )  # fmt: skip
-    programs = batch * heads * triton.cdiv(n_keys, by_key.columns)
-    if programs and width:
+
+    tiles = key_tiles(block_d, q.dtype, capability())
+    programs = batch * heads * triton.cdiv(n_keys, tiles.columns)
+    if programs:
         _differentiate_keys[(programs,)](
-            *common, strided(dk), strided(dv), strided(dk if absent else dk_memory), strided(dv if absent else dv_memory),
+            *tensors, strided(dk), strided(dv), strided(dk if absent else dk_memory), strided(dv if absent else dv_memory),
             heads, n_queries, n_memory, n_keys, r.shape[1], left, right, dropout_p,
-            BLOCK_M=by_key.rows, BLOCK_N=by_key.columns, num_warps=by_key.warps, num_stages=by_key.stages, **flags,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **flags,
         )  # fmt: skip
 
-    # The rows of r that a pair can use are the columns of the scratch, rounded up to whole tiles.
-    low, high = max(n_keys - 1 - left, 0), min(n_keys + right, r.shape[1])
-    n_columns = triton.cdiv(max(high - low, 1), by_query.columns) * by_query.columns
-    n_blocks = triton.cdiv(n_queries, by_query.rows)
-    d_biases = peak.new_zeros(2, batch * n_blocks, heads, block_d)
+    tiles = query_tiles(block_d, q.dtype, capability())
+    # The rows of r that a window reaches are the columns of the scratch, rounded up to whole tiles.
+    low = max(n_keys - 1 - left, 0)
+    high = max(min(n_keys + right, r.shape[1]), low)
+    n_columns = max(triton.cdiv(high - low, tiles.columns), 1) * tiles.columns
+    n_seen = None if key_lengths is None or not batch else n_queries - 1 + n_memory + key_lengths.max()
+    rows = _used_rows(r, low, high, n_columns, block_d, n_seen)
     d_rows = peak.new_zeros(heads, n_columns, block_d)
-    scratch = None
-    for h, b, i in _chunks(batch, heads, n_queries, n_columns * q.element_size(), by_query.rows) if q.numel() else ():
-        size = len(h) * len(b) * len(i) * n_columns
-        scratch = q.new_empty(size) if scratch is None else scratch
-        _differentiate_queries[(len(h) * len(b) * triton.cdiv(len(i), by_query.rows),)](
-            *common, strided(dq), *d_biases.unbind(), scratch, h.start, b.start, i.start, len(h), len(b), len(i),
-            heads, n_queries, n_memory, n_keys, r.shape[1], low, n_columns, left, right, scale, dropout_p,
-            BLOCK_M=by_query.rows, BLOCK_N=by_query.columns, num_warps=by_query.warps, num_stages=by_query.stages,
-            **flags,
+    d_biases = peak.new_zeros(2, heads, block_d)
+    row_bytes = n_columns * q.element_size() + 2 * block_d * peak.element_size()
+    for h, b, i in _chunks(batch, heads, n_queries, row_bytes, tiles.rows) if q.numel() else ():
+        d_position_scores = q.new_empty(len(h), len(b) * len(i), n_columns)
+        d_content = peak.new_empty(len(h), len(b) * len(i), block_d)
+        _differentiate_queries[(len(h) * len(b) * triton.cdiv(len(i), tiles.rows),)](
+            *tensors, d_content, d_position_scores, h.start, b.start, i.start, len(h), len(b), len(i),
+            heads, n_queries, n_memory, n_keys, r.shape[1], low, n_columns, left, right, dropout_p,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **flags,
         )  # fmt: skip
-        by_head = scratch[:size].view(len(h), len(b) * len(i), n_columns)
-        queries = position_q.transpose(0, 1)[h.start : h.stop, b.start : b.stop, i.start : i.stop]
-        _add_product(d_rows[h.start : h.stop], by_head.mT, queries.reshape(len(h), -1, block_d))
+        of_heads, of_batch, of_queries = (slice(x.start, x.stop) for x in (h, b, i))
+        queries = position_q.transpose(0, 1)[of_heads, of_batch, of_queries].reshape(len(h), -1, block_d)
+        d_rows[of_heads] += _product(d_position_scores.mT, queries, peak.dtype)
+        d_position = _product(d_position_scores, rows[of_heads], peak.dtype)
+        for sums, d in zip(d_biases, (d_content, d_position), strict=True):
+            sums[of_heads] += d.sum(1)
+        d_queries = (d_content.add_(d_position) * scale).view(len(h), len(b), len(i), block_d)
+        dq[of_batch, of_heads, of_queries] = d_queries[..., :width].transpose(0, 1)
     dr.zero_()
-    if high > low:
-        dr[:, low:high].copy_(d_rows[:, : high - low, :width] / LOG2_E)  # position_q holds the scale, in powers of two
-    for bias, sums in zip((d_content_bias, d_position_bias), d_biases, strict=True):
-        bias.copy_(sums.sum(0)[:, :width])
+    dr[:, low:high] = d_rows[:, : high - low, :width] / LOG2_E  # position_q holds the scale, in powers of two
+    d_content_bias.copy_(d_biases[0, :, :width] * scale)
+    d_position_bias.copy_(d_biases[1, :, :width] * scale)
