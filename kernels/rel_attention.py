@@ -73,13 +73,13 @@ def key_rows(memory, segment, b, h, rows, n_memory, HAS_MEMORY: tl.constexpr):
 
 
 @triton.jit
-def load_rows(pointers, valid, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(pointers, valid, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """[N, BLOCK_D], zeros in rows that are not valid and in columns past the head width."""
     columns = tl.arange(0, BLOCK_D)[None, :]
     mask = valid[:, None]
     if WIDTH < BLOCK_D:
         mask = mask & (columns < WIDTH)
-    return tl.load(pointers + columns, mask=mask, other=0)
+    return tl.load(pointers + columns, mask=mask, other=0).to(dtype)
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def _forward(
     n_heads, n_queries, n_memory, n_keys, n_positions, left, right,
     factor: tl.float64, dropout_p: tl.float64,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The heads of a sequence are neighbours and share r; its last queries, which see most, go first.
     n_blocks = tl.cdiv(n_queries, BLOCK_M)
@@ -135,16 +135,15 @@ def _forward(
     h = pid % n_heads
     b = pid // n_heads // n_blocks
     m0 = (n_blocks - 1 - pid // n_heads % n_blocks) * BLOCK_M
-    dtype: tl.constexpr = q[0].dtype.element_ty
     wide: tl.constexpr = lse.dtype.element_ty
 
     a = tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_N)
     i = m0 + a
     is_query = i < n_queries
-    rows = load_rows(head_rows(q, b, h, i), is_query, WIDTH, BLOCK_D).to(wide)  # [M, D]
-    content_q = ((rows + load_bias(content_bias, h, wide, WIDTH, BLOCK_D)) * tl.full([1, 1], factor, wide)).to(dtype)
-    position_q = ((rows + load_bias(position_bias, h, wide, WIDTH, BLOCK_D)) * tl.full([1, 1], factor, wide)).to(dtype)
+    rows = load_rows(head_rows(q, b, h, i), is_query, wide, WIDTH, BLOCK_D)  # [M, D]
+    content_q = ((rows + load_bias(content_bias, h, wide, WIDTH, BLOCK_D)) * tl.full([1, 1], factor, wide)).to(TYPE)
+    position_q = ((rows + load_bias(position_bias, h, wide, WIDTH, BLOCK_D)) * tl.full([1, 1], factor, wide)).to(TYPE)
 
     end, possible = count_keys(lengths, b, n_memory, n_keys, HAS_LENGTHS)
     first, last = seen_keys(i, n_queries, n_keys, end, left, right)  # of each query
@@ -154,7 +153,7 @@ def _forward(
 
     r_head = r[0] + h.to(tl.int64) * r[1]
     position = begin - m0 + n_queries - BLOCK_N + c  # [N], the rows of left
-    left_r = load_rows(r_head + position.to(tl.int64)[:, None] * r[2], (position >= 0) & (position < n_positions), WIDTH, BLOCK_D)
+    left_r = load_rows(r_head + position.to(tl.int64)[:, None] * r[2], (position >= 0) & (position < n_positions), TYPE, WIDTH, BLOCK_D)
     left_scores = tl.dot(position_q, left_r.T, input_precision=PRECISION, out_dtype=wide)  # [M, N]
     from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
     places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
@@ -166,9 +165,9 @@ def _forward(
         j = n0 + c
         is_key = j < stop
         position += BLOCK_N
-        r_tile = load_rows(r_head + position.to(tl.int64)[:, None] * r[2], position < n_positions, WIDTH, BLOCK_D)
-        k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)
-        v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)
+        r_tile = load_rows(r_head + position.to(tl.int64)[:, None] * r[2], position < n_positions, TYPE, WIDTH, BLOCK_D)
+        k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
+        v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
         right_scores = tl.dot(position_q, r_tile.T, input_precision=PRECISION, out_dtype=wide)
         right_scores = end_chain(right_scores, n0 >= stop)
         scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
@@ -185,7 +184,7 @@ def _forward(
             keep = kept(seed, i[:, None], j[None, :], b, h, n_heads, n_queries, n_keys, dropout_p)
             weights = tl.where(keep, weights, 0.0)
         mean = mean * shrink[:, None]
-        mean = tl.dot(weights.to(dtype), v_tile, acc=mean, input_precision=PRECISION, out_dtype=wide)
+        mean = tl.dot(weights.to(TYPE), v_tile, acc=mean, input_precision=PRECISION, out_dtype=wide)
         top = new_top
 
     total = tl.where(total == 0, 1.0, total)  # a row that sees no key: 0, and a logarithm of -inf
@@ -229,10 +228,13 @@ def strided(x):
     return x, *x.stride()[:-1]
 
 
-def precision(dtype: torch.dtype) -> str:
-    """Of the products, for ``tl.dot``."""
+def products(dtype: torch.dtype) -> dict:
+    """The type and precision of the products' operands."""
+    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+    if triton.knobs.runtime.interpret:
+        types[torch.bfloat16] = tl.float32  # the interpreter multiplies the bits of bf16 as integers
     highest = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if highest else "tf32"
+    return dict(TYPE=types[dtype], PRECISION="ieee" if highest else "tf32")
 
 
 def forward(
@@ -254,6 +256,6 @@ def forward(
         heads, n_queries, n_memory, n_keys, r.shape[1], min(left, n_keys), min(right, max(n_queries - 1, 0)),
         scale * LOG2_E, dropout_p,
         WIDTH=width, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_D=block_d, HAS_MEMORY=n_memory > 0,
-        HAS_LENGTHS=key_lengths is not None, HAS_DROPOUT=dropout_p > 0, PRECISION=precision(q.dtype),
+        HAS_LENGTHS=key_lengths is not None, HAS_DROPOUT=dropout_p > 0, **products(q.dtype),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -32,7 +32,7 @@ from par_xl.kernels.rel_attention import (
     padded,
     permute_tile,
     place_in_tile,
-    precision,
+    products,
     seen_keys,
     store_rows,
     strided,
@@ -58,10 +58,10 @@ def _prepare(
     row = (b.to(tl.int64) * n_heads + h) * n_queries + i
     top = tl.load(lse + row, mask=is_query, other=-float("inf"))
     sees = top != -float("inf")  # a row that sees no key has no gradient, whatever it holds
-    rows = load_rows(head_rows(q, b, h, i), sees, WIDTH, BLOCK_D).to(wide)  # [M, D]
+    rows = load_rows(head_rows(q, b, h, i), sees, wide, WIDTH, BLOCK_D)  # [M, D]
     dot = tl.sum(
-        load_rows(head_rows(out, b, h, i), sees, WIDTH, BLOCK_D).to(wide)
-        * load_rows(head_rows(grad, b, h, i), sees, WIDTH, BLOCK_D).to(wide),
+        load_rows(head_rows(out, b, h, i), sees, wide, WIDTH, BLOCK_D)
+        * load_rows(head_rows(grad, b, h, i), sees, wide, WIDTH, BLOCK_D),
         1,
     )
     scaled = tl.full([1, 1], factor, wide)
@@ -90,7 +90,7 @@ def _differentiate_queries(
     n_heads, n_queries, n_memory, n_keys, n_positions, first_position, n_columns, left, right,
     dropout_p: tl.float64,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(chunk_queries, BLOCK_M)
     pid = tl.program_id(0)
@@ -100,22 +100,22 @@ def _differentiate_queries(
     h = first_head + chunk_h
     b = first_sequence + chunk_b
     m0 = first_query + chunk_row
-    dtype: tl.constexpr = k[0].dtype.element_ty
     wide: tl.constexpr = peak.dtype.element_ty
 
     a = tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_N)
     i = m0 + a
     is_query = i < n_queries
-    content = load_rows(head_rows(content_q, b, h, i), is_query, BLOCK_D, BLOCK_D)  # [M, D]
-    position = load_rows(head_rows(position_q, b, h, i), is_query, BLOCK_D, BLOCK_D)
-    d_out = load_rows(head_rows(grad, b, h, i), is_query, WIDTH, BLOCK_D)
+    content = load_rows(head_rows(content_q, b, h, i), is_query, TYPE, BLOCK_D, BLOCK_D)  # [M, D]
+    position = load_rows(head_rows(position_q, b, h, i), is_query, TYPE, BLOCK_D, BLOCK_D)
+    d_out = load_rows(head_rows(grad, b, h, i), is_query, TYPE, WIDTH, BLOCK_D)
     row = (b.to(tl.int64) * n_heads + h) * n_queries + i
     row_peak = tl.load(peak + row, mask=is_query, other=float("inf"))[:, None]
     row_delta = tl.load(delta + row, mask=is_query, other=0)[:, None]
 
     end, _ = count_keys(lengths, b, n_memory, n_keys, HAS_LENGTHS)
     first, last = seen_keys(i, n_queries, n_keys, end, left, right)  # of each query
+    first = tl.where(last - first == 1, last, first)  # the weight of a single key is constant: exactly no gradient
     last_query = tl.minimum(m0 + BLOCK_M, n_queries) - 1
     begin, all_end = seen_keys(m0, n_queries, n_keys, end, left, right)
     all_begin, stop = seen_keys(last_query, n_queries, n_keys, end, left, right)
@@ -125,7 +125,7 @@ def _differentiate_queries(
     start = column + first_position + m0 - n_queries + BLOCK_N
     r_head = r[0] + h.to(tl.int64) * r[1]
     p = first_position + column + c  # [N], the rows of left
-    left_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], (p >= 0) & (p < n_positions), WIDTH, BLOCK_D)
+    left_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], (p >= 0) & (p < n_positions), TYPE, WIDTH, BLOCK_D)
     left_scores = tl.dot(position, left_r.T, input_precision=PRECISION, out_dtype=wide)  # [M, N]
     from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
     places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
@@ -134,7 +134,7 @@ def _differentiate_queries(
     chunk = (chunk_h.to(tl.int64) * chunk_sequences + chunk_b) * chunk_queries + chunk_row + a
     scratch_rows = scratch + chunk[:, None] * n_columns + c[None, :]
     for zero in range(0, tl.minimum(tl.maximum(column, 0), n_columns), BLOCK_N):
-        tl.store(scratch_rows + zero, tl.zeros([BLOCK_M, BLOCK_N], dtype), mask=is_query[:, None])
+        tl.store(scratch_rows + zero, tl.zeros([BLOCK_M, BLOCK_N], TYPE), mask=is_query[:, None])
 
     previous = tl.zeros([BLOCK_M, BLOCK_N], wide)
     total = tl.zeros([BLOCK_M, BLOCK_D], wide)
@@ -142,9 +142,9 @@ def _differentiate_queries(
         j = n0 + c
         is_key = (j >= begin) & (j < stop)
         p += BLOCK_N
-        right_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], p < n_positions, WIDTH, BLOCK_D)
-        k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)
-        v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)
+        right_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], p < n_positions, TYPE, WIDTH, BLOCK_D)
+        k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
+        v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
         right_scores = tl.dot(position, right_r.T, input_precision=PRECISION, out_dtype=wide)
         right_scores = end_chain(right_scores, n0 >= stop)
         scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
@@ -158,17 +158,17 @@ def _differentiate_queries(
         d_scores = weights * (d_weights - row_delta)
         if (n0 < all_begin) | (n0 + BLOCK_N > all_end):
             d_scores = tl.where((j[None, :] >= first[:, None]) & (j[None, :] < last[:, None]), d_scores, 0.0)
-        total = tl.dot(d_scores.to(dtype), k_tile, acc=total, input_precision=PRECISION, out_dtype=wide)
-        rotated = in_accumulators(permute_tile(d_scores, places_back), dtype)
-        d_left = tl.where(from_left, rotated, previous).to(dtype)
+        total = tl.dot(d_scores.to(TYPE), k_tile, acc=total, input_precision=PRECISION, out_dtype=wide)
+        rotated = in_accumulators(permute_tile(d_scores, places_back), TYPE)
+        d_left = tl.where(from_left, rotated, previous).to(TYPE)
         tl.store(scratch_rows + column, d_left, mask=is_query[:, None] & (column >= 0))
         previous = rotated
         column += BLOCK_N
     # What is left of the last tile belongs to its right rows.
-    d_right = tl.where(from_left, 0.0, previous).to(dtype)
+    d_right = tl.where(from_left, 0.0, previous).to(TYPE)
     tl.store(scratch_rows + column, d_right, mask=is_query[:, None] & (column >= 0) & (column < n_columns))
     for zero in range(tl.maximum(column + BLOCK_N, 0), n_columns, BLOCK_N):
-        tl.store(scratch_rows + zero, tl.zeros([BLOCK_M, BLOCK_N], dtype), mask=is_query[:, None])
+        tl.store(scratch_rows + zero, tl.zeros([BLOCK_M, BLOCK_N], TYPE), mask=is_query[:, None])
 
     d_columns = tl.arange(0, BLOCK_D)
     tl.store(d_content + chunk[:, None] * BLOCK_D + d_columns, total, mask=is_query[:, None])
@@ -186,14 +186,13 @@ def _differentiate_keys(
     content_q, position_q, k, v, r, k_memory, v_memory, lengths, seed, grad, peak, delta, dk, dv, dk_memory, dv_memory,
     n_heads, n_queries, n_memory, n_keys, n_positions, left, right, dropout_p: tl.float64,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(n_keys, BLOCK_N)
     pid = tl.program_id(0)
     h = pid % n_heads
     b = pid // n_heads // n_blocks
     n0 = pid // n_heads % n_blocks * BLOCK_N  # the first keys, which most queries see, go first
-    dtype: tl.constexpr = k[0].dtype.element_ty
     wide: tl.constexpr = peak.dtype.element_ty
 
     a = tl.arange(0, BLOCK_M)
@@ -201,8 +200,8 @@ def _differentiate_keys(
     j = n0 + c
     end, _ = count_keys(lengths, b, n_memory, n_keys, HAS_LENGTHS)
     is_key = j < end
-    k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)  # [N, D]
-    v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, WIDTH, BLOCK_D)
+    k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)  # [N, D]
+    v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
 
     last_key = tl.minimum(n0 + BLOCK_N, end) - 1
     begin, all_end = seen_by(n0, n_queries, n_keys, left, right)
@@ -221,12 +220,12 @@ def _differentiate_keys(
         first, last = seen_keys(i, n_queries, n_keys, end, left, right)
         is_query = (i < stop) & (first < last)
         p = n0 - m0 + n_queries - BLOCK_N + c  # [N], the rows of left
-        left_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], (p >= 0) & (p < n_positions), WIDTH, BLOCK_D)
+        left_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], (p >= 0) & (p < n_positions), TYPE, WIDTH, BLOCK_D)
         p += BLOCK_N
-        right_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], p < n_positions, WIDTH, BLOCK_D)
-        position = load_rows(head_rows(position_q, b, h, i), is_query, BLOCK_D, BLOCK_D)  # [M, D]
-        content = load_rows(head_rows(content_q, b, h, i), is_query, BLOCK_D, BLOCK_D)
-        d_out = load_rows(head_rows(grad, b, h, i), is_query, WIDTH, BLOCK_D)
+        right_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], p < n_positions, TYPE, WIDTH, BLOCK_D)
+        position = load_rows(head_rows(position_q, b, h, i), is_query, TYPE, BLOCK_D, BLOCK_D)  # [M, D]
+        content = load_rows(head_rows(content_q, b, h, i), is_query, TYPE, BLOCK_D, BLOCK_D)
+        d_out = load_rows(head_rows(grad, b, h, i), is_query, TYPE, WIDTH, BLOCK_D)
         row_peak = tl.load(peak + head + i, mask=is_query, other=float("inf"))[None, :]
         row_delta = tl.load(delta + head + i, mask=is_query, other=0)[None, :]
         left_scores = tl.dot(left_r, position.T, input_precision=PRECISION, out_dtype=wide)  # [N, M]
@@ -246,11 +245,11 @@ def _differentiate_keys(
             keep = kept(seed, i[None, :], j[:, None], b, h, n_heads, n_queries, n_keys, dropout_p)
             d_weights = tl.where(keep, d_weights / tl.full([1, 1], 1 - dropout_p, wide), 0.0)
             dropped = tl.where(keep, weights, 0.0)
-        dv_tile = tl.dot(dropped.to(dtype), d_out, acc=dv_tile, input_precision=PRECISION, out_dtype=wide)
+        dv_tile = tl.dot(dropped.to(TYPE), d_out, acc=dv_tile, input_precision=PRECISION, out_dtype=wide)
         d_scores = weights * (d_weights - row_delta)
         if masked:
-            d_scores = tl.where(visible, d_scores, 0.0)
-        dk_tile = tl.dot(d_scores.to(dtype), content, acc=dk_tile, input_precision=PRECISION, out_dtype=wide)
+            d_scores = tl.where(visible & (last - first > 1)[None, :], d_scores, 0.0)  # a single key's weight is 1
+        dk_tile = tl.dot(d_scores.to(TYPE), content, acc=dk_tile, input_precision=PRECISION, out_dtype=wide)
 
     dk_tile *= tl.full([1, 1], 0.6931471805599453, wide)  # content_q holds the scale, in powers of two
     dv_tile /= tl.full([1, 1], 1 - dropout_p, wide)
@@ -322,7 +321,7 @@ def backward(
     )  # fmt: skip
     flags = dict(
         WIDTH=width, BLOCK_D=block_d, HAS_MEMORY=n_memory > 0, HAS_LENGTHS=key_lengths is not None,
-        HAS_DROPOUT=dropout_p > 0, PRECISION=precision(q.dtype),
+        HAS_DROPOUT=dropout_p > 0, **products(q.dtype),
     )  # fmt: skip
 
     tiles = key_tiles(block_d, q.dtype, capability())

@@ -46,15 +46,19 @@ class Op:
     def __init__(self, schema: str, fake: Callable):
         self.name = schema.split("(")[0]
         self.implementations: dict[str, Callable] = {}
+        self.lacks: dict[str, Callable[[str, torch.dtype], str]] = {}
         LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"par_xl::{self.name}", fake, lib=LIBRARY)
         self.overload = getattr(torch.ops.par_xl, self.name).default
         OPS[self.name] = self
 
-    def implement(self, backend: str) -> Callable:
+    def implement(self, backend: str, lacks: Callable[[str, torch.dtype], str] = lambda device, dtype: "") -> Callable:
+        """``lacks`` says what the implementation has no kernels for ("" if it has them): a device type and a dtype."""
+
         def register(function: Callable) -> Callable:
             self.implementations[backend] = function
+            self.lacks[backend] = lacks
             return function
 
         return register
@@ -160,20 +164,22 @@ def _why_not(backend: str, device: str) -> str:
     return ""
 
 
+def _why_not_op(op: Op, backend: str, device: str, dtype: torch.dtype) -> str:
+    """Why a backend cannot run an op on tensors of a device type and dtype ("" if it can)."""
+    if backend == "eager":
+        return _why_not(backend, device)
+    if backend not in op.implementations:
+        return _why_not(backend, device) or f"{op.name} has no {backend} kernels"
+    if dtype not in DTYPES:
+        return _why_not(backend, device) or f"there are no kernels for {dtype}"
+    return _why_not(backend, device) or op.lacks[backend](device, dtype)
+
+
 def _choose(op: str, requested: str, device: str, dtype: torch.dtype) -> str:
     _check_name(requested)
-    implementations = OPS[op].implementations
     if requested == "auto":
-        if dtype not in DTYPES:
-            return "eager"
-        order = AUTO.get(device, ("eager",))
-        return next(b for b in order if b == "eager" or (b in implementations and not _why_not(b, device)))
-    reason = _why_not(requested, device)
-    if requested != "eager":
-        if requested not in implementations:
-            reason = reason or f"{op} has no {requested} kernels"
-        if dtype not in DTYPES:
-            reason = reason or f"there are no kernels for {dtype}"
+        return next(b for b in AUTO.get(device, ("eager",)) if not _why_not_op(OPS[op], b, device, dtype))
+    reason = _why_not_op(OPS[op], requested, device, dtype)
     if reason:
         raise ValueError(f'backend="{requested}" cannot run on {device}: {reason}')
     return requested

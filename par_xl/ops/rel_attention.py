@@ -137,7 +137,15 @@ def _problem(*inputs: Any) -> Any:
     return _C.RelAttention(tensors, addresses, sizes, *options, DTYPES[q.dtype])
 
 
-@FORWARD.implement("native")
+def _no_cuda(device: str, dtype: torch.dtype) -> str:
+    return "rel_attention has no CUDA kernels" if device == "cuda" else ""
+
+
+def _no_fp64_on_a_gpu(device: str, dtype: torch.dtype) -> str:
+    return "Triton has no fp64 products" if device == "cuda" and dtype == torch.float64 else ""
+
+
+@FORWARD.implement("native", lacks=_no_cuda)
 def _forward_native(*inputs):
     q, k, key_lengths = inputs[0], inputs[1], inputs[8]
     _check_length_values(key_lengths, k.shape[2])
@@ -149,7 +157,7 @@ def _forward_native(*inputs):
     return out, lse
 
 
-@BACKWARD.implement("native")
+@BACKWARD.implement("native", lacks=_no_cuda)
 def _backward_native(grad, *inputs):
     tensors, lse, options = inputs[:10], inputs[11], inputs[12:]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -173,6 +181,25 @@ def _backward_native(grad, *inputs):
         dr.copy_(dr_parts.sum(0)[..., :width])
     d_content_bias.copy_(d_biases.sum(0)[:, 0, :width])
     d_position_bias.copy_(d_biases.sum(0)[:, 1, :width])
+    return gradients
+
+
+@FORWARD.implement("triton", lacks=_no_fp64_on_a_gpu)
+def _forward_triton(*inputs):
+    from par_xl.kernels.rel_attention import forward
+
+    _check_length_values(inputs[8], inputs[1].shape[2])
+    out, lse = _fake_forward(inputs[0])
+    forward(*inputs, out, lse)
+    return out, lse
+
+
+@BACKWARD.implement("triton", lacks=_no_fp64_on_a_gpu)
+def _backward_triton(grad, *inputs):
+    from par_xl.kernels.rel_attention_backward import backward
+
+    gradients = _fake_backward(grad, *inputs)
+    backward(grad, *inputs, *gradients)
     return gradients
 
 
