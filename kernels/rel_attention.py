@@ -12,6 +12,8 @@ so a tile costs three products, one of them for the positions, and one rotation 
 A tensor argument is a tuple (pointer, strides of all dimensions but the last, which is contiguous).
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -203,19 +205,17 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def forward_tiles(n_queries: int, block_d: int, dtype: torch.dtype, capability: int) -> Tiles:
-    if dtype in (torch.float32, torch.float64):
-        return Tiles(32 if n_queries > 16 else 16, 32, 4, 2)
-    if n_queries <= 16:
-        return Tiles(16, 64, 2, 2)
-    return Tiles(64, 64, 4 if block_d <= 64 else 8, 2)
-
-
 def capability() -> int:
-    """The architecture that kernels are compiled for, as 10 * major + minor."""
-    if triton.knobs.runtime.interpret:
-        return 90
-    return triton.runtime.driver.active.get_current_target().arch
+    """The architecture that kernels are compiled for, as 10 * major + minor; 0 in the interpreter."""
+    return 0 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
+
+
+def forward_tiles(n_queries: int, block_d: int, dtype: torch.dtype, arch: int) -> Tiles:
+    if n_queries <= 16:
+        return Tiles(16, 32 if dtype == torch.float32 else 64, 4, 2)
+    if dtype == torch.float32 and arch:
+        return Tiles(32, 32, 8, 1)
+    return Tiles(64, 64, 4 if block_d <= 64 and arch == 90 else 8, 2)
 
 
 def padded(width: int) -> int:
@@ -230,13 +230,31 @@ def strided(x):
 
 def products(dtype: torch.dtype) -> dict:
     """The type and precision of the products' operands."""
-    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
-    if triton.knobs.runtime.interpret:
-        types[torch.bfloat16] = tl.float32  # the interpreter multiplies the bits of bf16 as integers
     highest = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return dict(TYPE=types[dtype], PRECISION="ieee" if highest else "tf32")
+    return dict(TYPE=getattr(tl, str(dtype).removeprefix("torch.")), PRECISION="ieee" if highest else "tf32")
 
 
+def without_bf16(n_results: int) -> Callable:
+    """Let a launcher that fills its last ``n_results`` arguments see fp32 for bf16 in the interpreter, which would compute
+    with the bits of bf16 as integers."""
+
+    def decorate(launch):
+        @wraps(launch)
+        def wrapper(*args):
+            bf16 = [isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 for x in args]
+            if not (triton.knobs.runtime.interpret and any(bf16)):
+                return launch(*args)
+            wide = [x.float() if is_bf16 else x for x, is_bf16 in zip(args, bf16, strict=True)]
+            launch(*wide)
+            for x, result in zip(args[-n_results:], wide[-n_results:], strict=True):
+                x.copy_(result)
+
+        return wrapper
+
+    return decorate
+
+
+@without_bf16(2)
 def forward(
     q, k, v, r, content_bias, position_bias, k_memory, v_memory, key_lengths, seed, left, right, scale, dropout_p, out, lse
 ):

@@ -36,6 +36,7 @@ from par_xl.kernels.rel_attention import (
     seen_keys,
     store_rows,
     strided,
+    without_bf16,
 )
 
 SCRATCH_BYTES = 2**28
@@ -258,16 +259,12 @@ def _differentiate_keys(
     store_rows(key_rows(dv_memory, dv, b, h, j, n_memory, HAS_MEMORY), dv_tile, is_key, WIDTH)
 
 
-def query_tiles(block_d: int, dtype: torch.dtype, capability: int) -> Tiles:
-    if dtype in (torch.float32, torch.float64):
-        return Tiles(32, 32, 8, 1)
-    return Tiles(64, 64, 8, 2)
+def query_tiles(block_d: int, dtype: torch.dtype, arch: int) -> Tiles:
+    return Tiles(32, 32, 8, 1) if dtype == torch.float32 and arch else Tiles(64, 64, 8, 2)
 
 
-def key_tiles(block_d: int, dtype: torch.dtype, capability: int) -> Tiles:
-    if dtype in (torch.float32, torch.float64):
-        return Tiles(32, 32, 8, 1)
-    return Tiles(64, 64, 8, 2)
+def key_tiles(block_d: int, dtype: torch.dtype, arch: int) -> Tiles:
+    return Tiles(32, 32, 8, 1) if dtype == torch.float32 and arch else Tiles(64, 64, 8, 2)
 
 
 def _product(x, y, wide):
@@ -294,6 +291,7 @@ def _used_rows(r, low, high, n_columns, block_d, n_seen):
     return torch.nn.functional.pad(rows, (0, block_d - r.shape[2], 0, n_columns - (high - low)))
 
 
+@without_bf16(8)
 def backward(
     grad, q, k, v, r, content_bias, position_bias, k_memory, v_memory, key_lengths, seed, out, lse,
     left, right, scale, dropout_p, dq, dk, dv, dr, d_content_bias, d_position_bias, dk_memory, dv_memory,
