@@ -91,10 +91,11 @@ def store_rows(pointers, x, valid, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_bias(bias, h, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[1, BLOCK_D] of a bias (H, D)."""
+def biased(rows, bias, h, factor, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(rows [N, D] + bias[h]) * factor, rounded once to ``dtype``, for a bias (H, D)."""
     columns = tl.arange(0, BLOCK_D)
-    return tl.load(bias[0] + h * bias[1] + columns, mask=columns < WIDTH, other=0).to(dtype)[None, :]
+    row = tl.load(bias[0] + h * bias[1] + columns, mask=columns < WIDTH, other=0).to(tl.float64)
+    return ((rows.to(tl.float64) + row[None, :]) * tl.full([1, 1], factor, tl.float64)).to(dtype)
 
 
 @triton.jit
@@ -143,9 +144,9 @@ def _forward(
     c = tl.arange(0, BLOCK_N)
     i = m0 + a
     is_query = i < n_queries
-    rows = load_rows(head_rows(q, b, h, i), is_query, wide, WIDTH, BLOCK_D)  # [M, D]
-    content_q = ((rows + load_bias(content_bias, h, wide, WIDTH, BLOCK_D)) * tl.full([1, 1], factor, wide)).to(TYPE)
-    position_q = ((rows + load_bias(position_bias, h, wide, WIDTH, BLOCK_D)) * tl.full([1, 1], factor, wide)).to(TYPE)
+    rows = load_rows(head_rows(q, b, h, i), is_query, TYPE, WIDTH, BLOCK_D)  # [M, D]
+    content_q = biased(rows, content_bias, h, factor, TYPE, WIDTH, BLOCK_D)
+    position_q = biased(rows, position_bias, h, factor, TYPE, WIDTH, BLOCK_D)
 
     end, possible = count_keys(lengths, b, n_memory, n_keys, HAS_LENGTHS)
     first, last = seen_keys(i, n_queries, n_keys, end, left, right)  # of each query
@@ -193,7 +194,9 @@ def _forward(
     result = mean / (total[:, None] * tl.full([1, 1], 1 - dropout_p, wide))
     store_rows(head_rows(out, b, h, i), tl.where(possible, result, float("nan")), is_query, WIDTH)
     row = (b.to(tl.int64) * n_heads + h) * n_queries + i
-    tl.store(lse + row, (top + tl.math.log2(total)) * 0.6931471805599453, mask=is_query)
+    # Rounded once: an error here is an error of every weight that the backward recomputes.
+    exact = (top.to(tl.float64) + tl.math.log2(total).to(tl.float64)) * 0.6931471805599453
+    tl.store(lse + row, exact.to(wide), mask=is_query)
 
 
 class Tiles(NamedTuple):

@@ -20,6 +20,7 @@ import triton.language as tl
 from par_xl.kernels.rel_attention import (
     LOG2_E,
     Tiles,
+    biased,
     capability,
     count_keys,
     end_chain,
@@ -27,7 +28,6 @@ from par_xl.kernels.rel_attention import (
     head_rows,
     kept,
     key_rows,
-    load_bias,
     load_rows,
     padded,
     permute_tile,
@@ -53,24 +53,24 @@ def _prepare(
     pid = tl.program_id(0)
     h = pid // n_blocks % n_heads
     b = pid // n_blocks // n_heads
+    dtype: tl.constexpr = q[0].dtype.element_ty
     wide: tl.constexpr = lse.dtype.element_ty
     i = pid % n_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     is_query = i < n_queries
     row = (b.to(tl.int64) * n_heads + h) * n_queries + i
     top = tl.load(lse + row, mask=is_query, other=-float("inf"))
     sees = top != -float("inf")  # a row that sees no key has no gradient, whatever it holds
-    rows = load_rows(head_rows(q, b, h, i), sees, wide, WIDTH, BLOCK_D)  # [M, D]
+    rows = load_rows(head_rows(q, b, h, i), sees, dtype, WIDTH, BLOCK_D)  # [M, D]
     dot = tl.sum(
         load_rows(head_rows(out, b, h, i), sees, wide, WIDTH, BLOCK_D)
         * load_rows(head_rows(grad, b, h, i), sees, wide, WIDTH, BLOCK_D),
         1,
     )
-    scaled = tl.full([1, 1], factor, wide)
-    content = (rows + load_bias(content_bias, h, wide, WIDTH, BLOCK_D)) * scaled
-    position = (rows + load_bias(position_bias, h, wide, WIDTH, BLOCK_D)) * scaled
+    content = biased(rows, content_bias, h, factor, dtype, WIDTH, BLOCK_D)
+    position = biased(rows, position_bias, h, factor, dtype, WIDTH, BLOCK_D)
     store_rows(head_rows(content_q, b, h, i), content, is_query, BLOCK_D)
     store_rows(head_rows(position_q, b, h, i), position, is_query, BLOCK_D)
-    tl.store(peak + row, tl.where(sees, top * 1.4426950408889634, float("inf")), mask=is_query)
+    tl.store(peak + row, tl.where(sees, (top.to(tl.float64) * 1.4426950408889634).to(wide), float("inf")), mask=is_query)
     tl.store(delta + row, dot, mask=is_query)
 
 
