@@ -259,12 +259,10 @@ def _differentiate_keys(
     store_rows(key_rows(dv_memory, dv, b, h, j, n_memory, HAS_MEMORY), dv_tile, is_key, WIDTH)
 
 
-def query_tiles(block_d: int, dtype: torch.dtype, arch: int) -> Tiles:
-    return Tiles(32, 32, 8, 1) if dtype == torch.float32 and arch else Tiles(64, 64, 8, 2)
-
-
-def key_tiles(block_d: int, dtype: torch.dtype, arch: int) -> Tiles:
-    return Tiles(32, 32, 8, 1) if dtype == torch.float32 and arch else Tiles(64, 64, 8, 2)
+def backward_tiles(block_d: int, dtype: torch.dtype, arch: int) -> Tiles:
+    if dtype == torch.float32 and arch:
+        return Tiles(16, 32 if block_d <= 64 else 16, 4, 1)
+    return Tiles(32, 32, 4 if block_d <= 64 else 8, 2) if 0 < arch < 90 else Tiles(64, 64, 8, 2)
 
 
 def _product(x, y, wide):
@@ -322,7 +320,7 @@ def backward(
         HAS_DROPOUT=dropout_p > 0, **products(q.dtype),
     )  # fmt: skip
 
-    tiles = key_tiles(block_d, q.dtype, capability())
+    tiles = backward_tiles(block_d, q.dtype, capability())
     programs = batch * heads * triton.cdiv(n_keys, tiles.columns)
     if programs:
         _differentiate_keys[(programs,)](
@@ -331,7 +329,6 @@ def backward(
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **flags,
         )  # fmt: skip
 
-    tiles = query_tiles(block_d, q.dtype, capability())
     # The rows of r that a window reaches are the columns of the scratch, rounded up to whole tiles.
     low = max(n_keys - 1 - left, 0)
     high = max(min(n_keys + right, r.shape[1]), low)
