@@ -191,8 +191,8 @@ def _forward(
         top = new_top
 
     total = tl.where(total == 0, 1.0, total)  # a row that sees no key: 0, and a logarithm of -inf
-    result = mean / (total[:, None] * tl.full([1, 1], 1 - dropout_p, wide))
-    store_rows(head_rows(out, b, h, i), tl.where(possible, result, float("nan")), is_query, WIDTH)
+    result = mean.to(tl.float64) / (total.to(tl.float64)[:, None] * tl.full([1, 1], 1 - dropout_p, tl.float64))
+    store_rows(head_rows(out, b, h, i), tl.where(possible, result.to(wide), float("nan")), is_query, WIDTH)
     row = (b.to(tl.int64) * n_heads + h) * n_queries + i
     # Rounded once: an error here is an error of every weight that the backward recomputes.
     exact = (top.to(tl.float64) + tl.math.log2(total).to(tl.float64)) * 0.6931471805599453

@@ -61,17 +61,15 @@ def _prepare(
     top = tl.load(lse + row, mask=is_query, other=-float("inf"))
     sees = top != -float("inf")  # a row that sees no key has no gradient, whatever it holds
     rows = load_rows(head_rows(q, b, h, i), sees, dtype, WIDTH, BLOCK_D)  # [M, D]
-    dot = tl.sum(
-        load_rows(head_rows(out, b, h, i), sees, wide, WIDTH, BLOCK_D)
-        * load_rows(head_rows(grad, b, h, i), sees, wide, WIDTH, BLOCK_D),
-        1,
+    products = load_rows(head_rows(out, b, h, i), sees, tl.float64, WIDTH, BLOCK_D) * load_rows(
+        head_rows(grad, b, h, i), sees, tl.float64, WIDTH, BLOCK_D
     )
     content = biased(rows, content_bias, h, factor, dtype, WIDTH, BLOCK_D)
     position = biased(rows, position_bias, h, factor, dtype, WIDTH, BLOCK_D)
     store_rows(head_rows(content_q, b, h, i), content, is_query, BLOCK_D)
     store_rows(head_rows(position_q, b, h, i), position, is_query, BLOCK_D)
     tl.store(peak + row, tl.where(sees, (top.to(tl.float64) * 1.4426950408889634).to(wide), float("inf")), mask=is_query)
-    tl.store(delta + row, dot, mask=is_query)
+    tl.store(delta + row, tl.sum(products, 1).to(wide), mask=is_query)
 
 
 @triton.jit
