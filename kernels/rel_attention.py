@@ -156,7 +156,9 @@ def _forward(
 
     r_head = r[0] + h.to(tl.int64) * r[1]
     position = begin - m0 + n_queries - BLOCK_N + c  # [N], the rows of left
-    left_r = load_rows(r_head + position.to(tl.int64)[:, None] * r[2], (position >= 0) & (position < n_positions), TYPE, WIDTH, BLOCK_D)
+    left_r = load_rows(
+        r_head + position.to(tl.int64)[:, None] * r[2], (position >= 0) & (position < n_positions), TYPE, WIDTH, BLOCK_D
+    )
     left_scores = tl.dot(position_q, left_r.T, input_precision=PRECISION, out_dtype=wide)  # [M, N]
     from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
     places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
@@ -191,8 +193,8 @@ def _forward(
         top = new_top
 
     total = tl.where(total == 0, 1.0, total)  # a row that sees no key: 0, and a logarithm of -inf
-    result = mean.to(tl.float64) / (total.to(tl.float64)[:, None] * tl.full([1, 1], 1 - dropout_p, tl.float64))
-    store_rows(head_rows(out, b, h, i), tl.where(possible, result.to(wide), float("nan")), is_query, WIDTH)
+    result = mean / (total[:, None] * tl.full([1, 1], 1 - dropout_p, wide))
+    store_rows(head_rows(out, b, h, i), tl.where(possible, result, float("nan")), is_query, WIDTH)
     row = (b.to(tl.int64) * n_heads + h) * n_queries + i
     # Rounded once: an error here is an error of every weight that the backward recomputes.
     exact = (top.to(tl.float64) + tl.math.log2(total).to(tl.float64)) * 0.6931471805599453
@@ -259,8 +261,9 @@ def without_bf16(n_results: int) -> Callable:
 
 @without_bf16(2)
 def forward(
-    q, k, v, r, content_bias, position_bias, k_memory, v_memory, key_lengths, seed, left, right, scale, dropout_p, out, lse
-):
+    q, k, v, r, content_bias, position_bias, k_memory, v_memory, key_lengths, seed,
+    left, right, scale, dropout_p, out, lse,
+):  # fmt: skip
     """Fills ``out (B, H, Q, D)`` and ``lse (B, H, Q)``."""
     batch, heads, n_queries, width = q.shape
     n_memory = 0 if k_memory is None else k_memory.shape[2]

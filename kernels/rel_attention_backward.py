@@ -16,7 +16,6 @@ import itertools
 import torch
 import triton
 import triton.language as tl
-
 from par_xl.kernels.rel_attention import (
     LOG2_E,
     Tiles,
@@ -61,15 +60,16 @@ def _prepare(
     top = tl.load(lse + row, mask=is_query, other=-float("inf"))
     sees = top != -float("inf")  # a row that sees no key has no gradient, whatever it holds
     rows = load_rows(head_rows(q, b, h, i), sees, dtype, WIDTH, BLOCK_D)  # [M, D]
-    products = load_rows(head_rows(out, b, h, i), sees, tl.float64, WIDTH, BLOCK_D) * load_rows(
-        head_rows(grad, b, h, i), sees, tl.float64, WIDTH, BLOCK_D
-    )
+    d_out = load_rows(head_rows(grad, b, h, i), sees, wide, WIDTH, BLOCK_D)
+    product = load_rows(head_rows(out, b, h, i), sees, wide, WIDTH, BLOCK_D) * d_out
     content = biased(rows, content_bias, h, factor, dtype, WIDTH, BLOCK_D)
     position = biased(rows, position_bias, h, factor, dtype, WIDTH, BLOCK_D)
     store_rows(head_rows(content_q, b, h, i), content, is_query, BLOCK_D)
     store_rows(head_rows(position_q, b, h, i), position, is_query, BLOCK_D)
-    tl.store(peak + row, tl.where(sees, (top.to(tl.float64) * 1.4426950408889634).to(wide), float("inf")), mask=is_query)
-    tl.store(delta + row, tl.sum(products, 1).to(wide), mask=is_query)
+    tl.store(
+        peak + row, tl.where(sees, (top.to(tl.float64) * 1.4426950408889634).to(wide), float("inf")), mask=is_query
+    )
+    tl.store(delta + row, tl.sum(product, 1), mask=is_query)
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def in_accumulators(x, dtype: tl.constexpr):
 @triton.jit
 def _differentiate_queries(
     content_q, position_q, k, v, r, k_memory, v_memory, lengths, seed, grad, peak, delta,
-    d_content, scratch,
+    norm, d_content, scratch,
     first_head, first_sequence, first_query, chunk_heads, chunk_sequences, chunk_queries,
     n_heads, n_queries, n_memory, n_keys, n_positions, first_position, n_columns, left, right,
     dropout_p: tl.float64,
@@ -100,6 +100,9 @@ def _differentiate_queries(
     b = first_sequence + chunk_b
     m0 = first_query + chunk_row
     wide: tl.constexpr = peak.dtype.element_ty
+
+    # lse in the inputs' own precision misses the weights' sum by several roundings; wider than them, by none that counts.
+    NORMALIZE: tl.constexpr = wide == TYPE
 
     a = tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_N)
@@ -137,6 +140,7 @@ def _differentiate_queries(
 
     previous = tl.zeros([BLOCK_M, BLOCK_N], wide)
     total = tl.zeros([BLOCK_M, BLOCK_D], wide)
+    weight_sum = tl.zeros([BLOCK_M], wide)
     for n0 in range(start, stop, BLOCK_N):
         j = n0 + c
         is_key = (j >= begin) & (j < stop)
@@ -156,7 +160,12 @@ def _differentiate_queries(
             d_weights = tl.where(keep, d_weights / tl.full([1, 1], 1 - dropout_p, wide), 0.0)
         d_scores = weights * (d_weights - row_delta)
         if (n0 < all_begin) | (n0 + BLOCK_N > all_end):
-            d_scores = tl.where((j[None, :] >= first[:, None]) & (j[None, :] < last[:, None]), d_scores, 0.0)
+            visible = (j[None, :] >= first[:, None]) & (j[None, :] < last[:, None])
+            d_scores = tl.where(visible, d_scores, 0.0)
+            if NORMALIZE:
+                weights = tl.where(visible, weights, 0.0)
+        if NORMALIZE:
+            weight_sum += tl.sum(weights, 1)
         total = tl.dot(d_scores.to(TYPE), k_tile, acc=total, input_precision=PRECISION, out_dtype=wide)
         rotated = in_accumulators(permute_tile(d_scores, places_back), TYPE)
         d_left = tl.where(from_left, rotated, previous).to(TYPE)
@@ -169,6 +178,10 @@ def _differentiate_queries(
     for zero in range(tl.maximum(column + BLOCK_N, 0), n_columns, BLOCK_N):
         tl.store(scratch_rows + zero, tl.zeros([BLOCK_M, BLOCK_N], TYPE), mask=is_query[:, None])
 
+    if NORMALIZE:
+        weight_sum = tl.where(weight_sum == 0, 1.0, weight_sum)
+        tl.store(norm + row, 1 / weight_sum, mask=is_query)
+        total = total / weight_sum[:, None]
     d_columns = tl.arange(0, BLOCK_D)
     tl.store(d_content + chunk[:, None] * BLOCK_D + d_columns, total, mask=is_query[:, None])
 
@@ -182,7 +195,8 @@ def seen_by(j, n_queries, n_keys, left, right):
 
 @triton.jit
 def _differentiate_keys(
-    content_q, position_q, k, v, r, k_memory, v_memory, lengths, seed, grad, peak, delta, dk, dv, dk_memory, dv_memory,
+    content_q, position_q, k, v, r, k_memory, v_memory, lengths, seed, grad, peak, delta,
+    norm, dk, dv, dk_memory, dv_memory,
     n_heads, n_queries, n_memory, n_keys, n_positions, left, right, dropout_p: tl.float64,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -234,6 +248,8 @@ def _differentiate_keys(
         scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
         scores = tl.dot(k_tile, content.T, acc=scores, input_precision=PRECISION, out_dtype=wide)
         weights = tl.math.exp2(scores - row_peak)
+        if wide == TYPE:
+            weights *= tl.load(norm + head + i, mask=is_query, other=0)[None, :]
         masked = (m0 < all_begin) | (m0 + BLOCK_M > all_end)
         visible = (j[:, None] >= first[None, :]) & (j[:, None] < last[None, :]) & is_query[None, :]
         if masked:
@@ -301,12 +317,12 @@ def backward(
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     block_d = padded(width)
     content_q, position_q = q.new_empty(2, heads, batch, n_queries, block_d).transpose(1, 2).unbind()
-    peak, delta = lse.new_empty(2, *lse.shape).unbind()
+    peak, delta, norm = lse.new_empty(3, *lse.shape).unbind()
     if q.numel():
-        _prepare[(batch * heads * triton.cdiv(n_queries, 32),)](
+        _prepare[(batch * heads * triton.cdiv(n_queries, 16),)](
             strided(q), strided(content_bias), strided(position_bias), strided(out), strided(grad), lse,
             strided(content_q), strided(position_q), peak, delta, heads, n_queries, scale * LOG2_E,
-            WIDTH=width, BLOCK_M=32, BLOCK_D=block_d,
+            WIDTH=width, BLOCK_M=16, BLOCK_D=block_d,
         )  # fmt: skip
     tensors = (
         strided(content_q), strided(position_q), strided(k), strided(v), strided(r),
@@ -319,14 +335,6 @@ def backward(
     )  # fmt: skip
 
     tiles = backward_tiles(block_d, q.dtype, capability())
-    programs = batch * heads * triton.cdiv(n_keys, tiles.columns)
-    if programs:
-        _differentiate_keys[(programs,)](
-            *tensors, strided(dk), strided(dv), strided(dk if absent else dk_memory), strided(dv if absent else dv_memory),
-            heads, n_queries, n_memory, n_keys, r.shape[1], left, right, dropout_p,
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **flags,
-        )  # fmt: skip
-
     # The rows of r that a window reaches are the columns of the scratch, rounded up to whole tiles.
     low = max(n_keys - 1 - left, 0)
     high = max(min(n_keys + right, r.shape[1]), low)
@@ -340,18 +348,28 @@ def backward(
         d_position_scores = q.new_empty(len(h), len(b) * len(i), n_columns)
         d_content = peak.new_empty(len(h), len(b) * len(i), block_d)
         _differentiate_queries[(len(h) * len(b) * triton.cdiv(len(i), tiles.rows),)](
-            *tensors, d_content, d_position_scores, h.start, b.start, i.start, len(h), len(b), len(i),
+            *tensors, norm, d_content, d_position_scores, h.start, b.start, i.start, len(h), len(b), len(i),
             heads, n_queries, n_memory, n_keys, r.shape[1], low, n_columns, left, right, dropout_p,
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **flags,
         )  # fmt: skip
         of_heads, of_batch, of_queries = (slice(x.start, x.stop) for x in (h, b, i))
         queries = position_q.transpose(0, 1)[of_heads, of_batch, of_queries].reshape(len(h), -1, block_d)
-        d_rows[of_heads] += _product(d_position_scores.mT, queries, peak.dtype)
         d_position = _product(d_position_scores, rows[of_heads], peak.dtype)
+        if q.dtype == norm.dtype:
+            of_rows = norm.transpose(0, 1)[of_heads, of_batch, of_queries].reshape(len(h), -1, 1)
+            queries, d_position = queries * of_rows, d_position * of_rows
+        d_rows[of_heads] += _product(d_position_scores.mT, queries, peak.dtype)
         for sums, d in zip(d_biases, (d_content, d_position), strict=True):
             sums[of_heads] += d.sum(1)
         d_queries = (d_content.add_(d_position) * scale).view(len(h), len(b), len(i), block_d)
         dq[of_batch, of_heads, of_queries] = d_queries[..., :width].transpose(0, 1)
+    programs = batch * heads * triton.cdiv(n_keys, tiles.columns)
+    if programs:
+        _differentiate_keys[(programs,)](
+            *tensors, norm, strided(dk), strided(dv), strided(dk if absent else dk_memory), strided(dv if absent else dv_memory),
+            heads, n_queries, n_memory, n_keys, r.shape[1], left, right, dropout_p,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **flags,
+        )  # fmt: skip
     dr.zero_()
     dr[:, low:high] = d_rows[:, : high - low, :width] / LOG2_E  # position_q holds the scale, in powers of two
     d_content_bias.copy_(d_biases[0, :, :width] * scale)
