@@ -1,12 +1,12 @@
 """Relative attention in Triton, forward; what the backward shares stands here too.
 
-A program owns BLOCK_M queries i = m0 + a of one head and walks over tiles of N = BLOCK_N keys j = n0 + b. The pair's
+A program owns BLOCK_M queries i = m0 + a of one head and walks over tiles of N = BLOCK_N keys j = n0 + b. A pair's
 position score is column p = j - i + Q - 1 of the product with all rows of r, hence column c = b - a + N - 1 of the 2N
 columns that start at p0 = n0 - m0 + Q - N:
 
     left = qp r[p0 : p0+N]^T,  right = qp r[p0+N : p0+2N]^T           the next tile's left is this tile's right
     shifted[a, b] = mixed[a, (b + N - 1 - a) % N],  mixed[a, c] = left[a, c] if c >= N - 1 - a else right[a, c]
-    score = qc k^T + shifted                                          qc, qp = (q + bias) * scale * log2(e), rounded once
+    score = qc k^T + shifted                                         qc, qp = (q + bias) * scale * log2(e), rounded once
 
 so a tile costs three products, one of them for the positions, and one rotation of each row. Needs BLOCK_M <= BLOCK_N.
 A tensor argument is a tuple (pointer, strides of all dimensions but the last, which is contiguous).
@@ -63,6 +63,13 @@ def end_chain(x, never):
 def head_rows(x, b, h, rows):
     """Pointers to rows [N, 1] of x (B, H, rows, D)."""
     return x[0] + b.to(tl.int64) * x[1] + h.to(tl.int64) * x[2] + rows.to(tl.int64)[:, None] * x[3]
+
+
+@triton.jit
+def position_rows(r, h, rows, n_positions, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [N, BLOCK_D] of r (H, P, D), zeros outside it."""
+    pointers = r[0] + h.to(tl.int64) * r[1] + rows.to(tl.int64)[:, None] * r[2]
+    return load_rows(pointers, (rows >= 0) & (rows < n_positions), dtype, WIDTH, BLOCK_D)
 
 
 @triton.jit
@@ -130,7 +137,8 @@ def _forward(
     n_heads, n_queries, n_memory, n_keys, n_positions, left, right,
     factor: tl.float64, dropout_p: tl.float64,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The heads of a sequence are neighbours and share r; its last queries, which see most, go first.
     n_blocks = tl.cdiv(n_queries, BLOCK_M)
@@ -154,11 +162,8 @@ def _forward(
     begin, all_end = seen_keys(m0, n_queries, n_keys, end, left, right)
     all_begin, stop = seen_keys(last_query, n_queries, n_keys, end, left, right)
 
-    r_head = r[0] + h.to(tl.int64) * r[1]
     position = begin - m0 + n_queries - BLOCK_N + c  # [N], the rows of left
-    left_r = load_rows(
-        r_head + position.to(tl.int64)[:, None] * r[2], (position >= 0) & (position < n_positions), TYPE, WIDTH, BLOCK_D
-    )
+    left_r = position_rows(r, h, position, n_positions, TYPE, WIDTH, BLOCK_D)
     left_scores = tl.dot(position_q, left_r.T, input_precision=PRECISION, out_dtype=wide)  # [M, N]
     from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
     places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
@@ -170,7 +175,7 @@ def _forward(
         j = n0 + c
         is_key = j < stop
         position += BLOCK_N
-        r_tile = load_rows(r_head + position.to(tl.int64)[:, None] * r[2], position < n_positions, TYPE, WIDTH, BLOCK_D)
+        r_tile = position_rows(r, h, position, n_positions, TYPE, WIDTH, BLOCK_D)
         k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
         v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
         right_scores = tl.dot(position_q, r_tile.T, input_precision=PRECISION, out_dtype=wide)
@@ -240,8 +245,8 @@ def products(dtype: torch.dtype) -> dict:
 
 
 def without_bf16(n_results: int) -> Callable:
-    """Let a launcher that fills its last ``n_results`` arguments see fp32 for bf16 in the interpreter, which would compute
-    with the bits of bf16 as integers."""
+    """Let a launcher that fills its last ``n_results`` arguments see fp32 for bf16 in the interpreter, which would
+    compute with the bits of bf16 as integers."""
 
     def decorate(launch):
         @wraps(launch)

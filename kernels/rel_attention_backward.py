@@ -5,10 +5,9 @@ Two kernels recompute the weights, see rel_attention.py for the layout of a tile
     dS = P * (grad v^T - delta),  dq = scale * (dS k + dBD r)
 
 where dBD is dS moved back to the columns p of r. Per row that is a rotation, whose columns belong to this tile's left
-rows of r or to its right ones, which are the next tile's left: each block of N columns is complete when its tile comes as
-left. It goes to a scratch (heads, sequences, queries, positions), from which the vendor's product makes
-dr = dBD^T (q + position_bias); heads, sequences and queries take turns in it. The other kernel owns keys and walks over
-queries, on transposed tiles: dk = dS^T (q + content_bias), dv = P^T grad.
+rows of r or to its right ones, which are the next tile's left: a block of N columns is complete when it comes as left. It goes to a scratch (heads, sequences, queries, positions), from which the vendor's product makes
+dr = dBD^T (q + position_bias), and those of dq; heads, sequences and queries take turns in it. The other kernel owns
+keys and walks over queries, on transposed tiles: dk = dS^T (q + content_bias), dv = P^T grad.
 """
 
 import itertools
@@ -31,6 +30,7 @@ from par_xl.kernels.rel_attention import (
     padded,
     permute_tile,
     place_in_tile,
+    position_rows,
     products,
     seen_keys,
     store_rows,
@@ -89,7 +89,8 @@ def _differentiate_queries(
     n_heads, n_queries, n_memory, n_keys, n_positions, first_position, n_columns, left, right,
     dropout_p: tl.float64,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(chunk_queries, BLOCK_M)
     pid = tl.program_id(0)
@@ -101,7 +102,7 @@ def _differentiate_queries(
     m0 = first_query + chunk_row
     wide: tl.constexpr = peak.dtype.element_ty
 
-    # lse in the inputs' own precision misses the weights' sum by several roundings; wider than them, by none that counts.
+    # Where the results are as precise as lse, its rounding counts: the weights are divided by their sum.
     NORMALIZE: tl.constexpr = wide == TYPE
 
     a = tl.arange(0, BLOCK_M)
@@ -125,9 +126,8 @@ def _differentiate_queries(
     # Tiles start where the first row of left stands at a multiple of BLOCK_N in the scratch.
     column = (begin - m0 + n_queries - first_position) // BLOCK_N * BLOCK_N - BLOCK_N
     start = column + first_position + m0 - n_queries + BLOCK_N
-    r_head = r[0] + h.to(tl.int64) * r[1]
     p = first_position + column + c  # [N], the rows of left
-    left_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], (p >= 0) & (p < n_positions), TYPE, WIDTH, BLOCK_D)
+    left_r = position_rows(r, h, p, n_positions, TYPE, WIDTH, BLOCK_D)
     left_scores = tl.dot(position, left_r.T, input_precision=PRECISION, out_dtype=wide)  # [M, N]
     from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
     places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
@@ -145,7 +145,7 @@ def _differentiate_queries(
         j = n0 + c
         is_key = (j >= begin) & (j < stop)
         p += BLOCK_N
-        right_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], p < n_positions, TYPE, WIDTH, BLOCK_D)
+        right_r = position_rows(r, h, p, n_positions, TYPE, WIDTH, BLOCK_D)
         k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
         v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
         right_scores = tl.dot(position, right_r.T, input_precision=PRECISION, out_dtype=wide)
@@ -199,7 +199,8 @@ def _differentiate_keys(
     norm, dk, dv, dk_memory, dv_memory,
     n_heads, n_queries, n_memory, n_keys, n_positions, left, right, dropout_p: tl.float64,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(n_keys, BLOCK_N)
     pid = tl.program_id(0)
@@ -221,7 +222,6 @@ def _differentiate_keys(
     all_begin, stop = seen_by(last_key, n_queries, n_keys, left, right)
     stop = tl.where(n0 < end, stop, 0)
     all_end = tl.where(n0 + BLOCK_N <= end, all_end, 0)
-    r_head = r[0] + h.to(tl.int64) * r[1]
     from_left = c[:, None] >= BLOCK_N - 1 - a[None, :]
     places = flatten_tile(place_in_tile((c[:, None] + (BLOCK_N - 1 - a[None, :])) % BLOCK_N, a[None, :], BLOCK_M))
     head = (b.to(tl.int64) * n_heads + h) * n_queries
@@ -233,9 +233,9 @@ def _differentiate_keys(
         first, last = seen_keys(i, n_queries, n_keys, end, left, right)
         is_query = (i < stop) & (first < last)
         p = n0 - m0 + n_queries - BLOCK_N + c  # [N], the rows of left
-        left_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], (p >= 0) & (p < n_positions), TYPE, WIDTH, BLOCK_D)
+        left_r = position_rows(r, h, p, n_positions, TYPE, WIDTH, BLOCK_D)
         p += BLOCK_N
-        right_r = load_rows(r_head + p.to(tl.int64)[:, None] * r[2], p < n_positions, TYPE, WIDTH, BLOCK_D)
+        right_r = position_rows(r, h, p, n_positions, TYPE, WIDTH, BLOCK_D)
         position = load_rows(head_rows(position_q, b, h, i), is_query, TYPE, BLOCK_D, BLOCK_D)  # [M, D]
         content = load_rows(head_rows(content_q, b, h, i), is_query, TYPE, BLOCK_D, BLOCK_D)
         d_out = load_rows(head_rows(grad, b, h, i), is_query, TYPE, WIDTH, BLOCK_D)
@@ -366,7 +366,8 @@ def backward(
     programs = batch * heads * triton.cdiv(n_keys, tiles.columns)
     if programs:
         _differentiate_keys[(programs,)](
-            *tensors, norm, strided(dk), strided(dv), strided(dk if absent else dk_memory), strided(dv if absent else dv_memory),
+            *tensors, norm, strided(dk), strided(dv),
+            strided(dk if absent else dk_memory), strided(dv if absent else dv_memory),
             heads, n_queries, n_memory, n_keys, r.shape[1], left, right, dropout_p,
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **flags,
         )  # fmt: skip
