@@ -98,6 +98,23 @@ PYBIND11_MODULE(_C, m) {
         CPU(adaptive_rows)({at(logits), rows, columns, stride, at(bias), at<const int64_t>(tokens), at<const int64_t>(column),
                             at(grad), at(nll), label_smoothing, z_loss, DType(dtype)});
     }, nogil());
+
+    py::class_<Compression>(m, "Compression")
+        .def(py::init([](RowsTuple memory, RowsTuple compressed, Address choice, int64_t batch, int64_t steps, int64_t width,
+                         int64_t rate, int mode, int dtype) {
+            return Compression{rows(memory), rows(compressed), at(choice), batch, steps, width, rate, Compressor(mode), DType(dtype)};
+        }));
+    m.def("compress_forward_cpu", [](const Compression& p, Address usage) { CPU(compress_forward)(p, at<float>(usage)); }, nogil());
+    m.def("compress_backward_cpu", [](const Compression& p) { CPU(compress_backward)(p); }, nogil());
+
+    py::class_<MemoryUpdate>(m, "MemoryUpdate")
+        .def(py::init([](RowsTuple state, RowsTuple hidden, RowsTuple out, RowsTuple fresh, int64_t batch, int64_t width,
+                         int64_t old_compressed, int64_t old_memory, int64_t segment, int64_t new_compressed,
+                         int64_t new_memory, int64_t fresh_rows, int64_t rate, int mode, int dtype) {
+            return MemoryUpdate{rows(state), rows(hidden), rows(out), rows(fresh), batch, width, old_compressed, old_memory,
+                                segment, new_compressed, new_memory, fresh_rows, rate, Compressor(mode), DType(dtype)};
+        }));
+    m.def("memory_update_cpu", [](const MemoryUpdate& p) { CPU(memory_update)(p); }, nogil());
 #if PAR_XL_CUDA
     m.def("ar_tar_parts_cuda", &cuda::ar_tar_parts);
     m.def("ar_tar_forward_cuda", [](const ArTar& p, double alpha, double beta, Address sums, Address loss, Address scale, Address stream) {
@@ -106,5 +123,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("ar_tar_backward_cuda", [](const ArTar& p, Address grad, Address scale, RowsTuple d_output, RowsTuple d_raw, Address stream) {
         cuda::ar_tar_backward(p, at(grad), at(scale), rows(d_output), rows(d_raw), at(stream));
     }, nogil());
+    m.def("compress_forward_cuda", [](const Compression& p, Address usage, Address stream) {
+        cuda::compress_forward(p, at<float>(usage), at(stream));
+    }, nogil());
+    m.def("compress_backward_cuda", [](const Compression& p, Address stream) { cuda::compress_backward(p, at(stream)); }, nogil());
+    m.def("memory_update_cuda", [](const MemoryUpdate& p, Address stream) { cuda::memory_update(p, at(stream)); }, nogil());
 #endif
 }

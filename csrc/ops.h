@@ -67,6 +67,29 @@ struct AdaptiveRows {
     DType dtype;  // f32 or f64, of everything
 };
 
+enum class Compressor : int { mean, max, most_used, given };
+
+// memory (batch, steps, width) and compressed (batch, steps / rate, width); see par_xl/ops/compression.py. Forward reads
+// memory and writes compressed; backward reads the gradient in compressed and writes the gradient in memory.
+struct Compression {
+    Rows memory, compressed;
+    void* choice;  // max: (batch, steps / rate, width), the chosen row of the group, u8 (i32 for rate > 256);
+                   // most_used: (batch, steps) i32, the row that a step is kept in, or -1
+    int64_t batch, steps, width, rate;
+    Compressor mode;
+    DType dtype;
+};
+
+// state (batch, old_compressed + old_memory, width) and hidden (batch, segment, width) to out (batch, new_compressed +
+// new_memory, width); see par_xl/ops/memory_update.py. Rows that leave the memory become fresh_rows compressed ones.
+struct MemoryUpdate {
+    Rows state, hidden, out;
+    Rows fresh;  // mode given: (batch, fresh_rows, width); null otherwise
+    int64_t batch, width, old_compressed, old_memory, segment, new_compressed, new_memory, fresh_rows, rate;
+    Compressor mode;
+    DType dtype;
+};
+
 }  // namespace par_xl
 
 // C++ kernels are compiled once per instruction set, each copy in a namespace of its own.
@@ -85,6 +108,9 @@ struct AdaptiveRows {
     /* -1, or the first token whose target is no class */                                      \
     int64_t adaptive_buckets(const AdaptiveBuckets& p);                                        \
     void adaptive_rows(const AdaptiveRows& p);
+    void compress_forward(const Compression& p, const float* usage);                           \
+    void compress_backward(const Compression& p);                                              \
+    void memory_update(const MemoryUpdate& p);
 
 namespace par_xl::base { PAR_XL_CPU_KERNELS }
 #if PAR_XL_X86
@@ -97,5 +123,8 @@ namespace par_xl::cuda {
 int64_t ar_tar_parts(const ArTar& p);
 void ar_tar_forward(const ArTar& p, double alpha, double beta, void* partial_sums, void* loss, void* scale, void* stream);
 void ar_tar_backward(const ArTar& p, const void* grad, const void* scale, Rows d_output, Rows d_raw, void* stream);
+void compress_forward(const Compression& p, const float* usage, void* stream);
+void compress_backward(const Compression& p, void* stream);
+void memory_update(const MemoryUpdate& p, void* stream);
 }  // namespace par_xl::cuda
 #endif

@@ -8,12 +8,16 @@ from par_xl.nn import accelerate
 from par_xl.ops import (
     AdaptiveNLL,
     ArTarLoss,
+    Compress,
     RelAttention,
+    UpdateMemory,
     adaptive_nll,
     ar_tar_loss,
     backends,
     build_info,
+    compress,
     rel_attention,
+    update_memory,
     use_backend,
 )
 
@@ -21,13 +25,17 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveNLL",
     "ArTarLoss",
+    "Compress",
     "RelAttention",
+    "UpdateMemory",
     "accelerate",
     "adaptive_nll",
     "ar_tar_loss",
     "backends",
     "build_info",
+    "compress",
     "nn",
     "rel_attention",
+    "update_memory",
     "use_backend",
 ]

@@ -5,17 +5,23 @@ Each file reads top to bottom: maths, reference, schema and fake, backends, auto
 
 from par_xl.ops.adaptive_softmax import AdaptiveNLL, adaptive_nll
 from par_xl.ops.ar_tar import ArTarLoss, ar_tar_loss
+from par_xl.ops.compression import Compress, compress
+from par_xl.ops.memory_update import UpdateMemory, update_memory
 from par_xl.ops.registry import backends, build_info, use_backend
 from par_xl.ops.rel_attention import RelAttention, rel_attention
 
 __all__ = [
     "AdaptiveNLL",
     "ArTarLoss",
+    "Compress",
     "RelAttention",
+    "UpdateMemory",
     "adaptive_nll",
     "ar_tar_loss",
     "backends",
     "build_info",
+    "compress",
     "rel_attention",
+    "update_memory",
     "use_backend",
 ]

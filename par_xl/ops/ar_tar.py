@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, to_be_filled
+from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, rows, to_be_filled
 
 
 def ar_tar_reference(output: Tensor, raw: Tensor, lengths: Tensor | None, alpha: float, beta: float) -> Tensor:
@@ -62,13 +62,9 @@ BACKWARD = Op(
 )
 
 
-def _rows(x: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if x is None or x.numel() == 0 else (x.data_ptr(), x.stride(0), x.stride(1))
-
-
 def _problem(output: Tensor, raw: Tensor | None, lengths: Tensor | None) -> Any:
     address = 0 if lengths is None else lengths.data_ptr()
-    return _C.ArTar(_rows(output), _rows(raw), address, *output.shape, DTYPES[output.dtype])
+    return _C.ArTar(rows(output), rows(raw), address, *output.shape, DTYPES[output.dtype])
 
 
 @FORWARD.implement("native")
@@ -89,7 +85,7 @@ def _forward_native(output, raw, lengths, alpha, beta):
 @BACKWARD.implement("native")
 def _backward_native(grad, output, raw, lengths, scale, need_output, need_raw):
     d_output, d_raw = map(to_be_filled, _fake_backward(grad, output, raw, lengths, scale, need_output, need_raw, None))
-    args = _problem(output, raw, lengths), grad.data_ptr(), scale.data_ptr(), _rows(d_output), _rows(d_raw)
+    args = _problem(output, raw, lengths), grad.data_ptr(), scale.data_ptr(), rows(d_output), rows(d_raw)
     if output.is_cuda:
         _C.ar_tar_backward_cuda(*args, torch.cuda.current_stream().cuda_stream)
     else:
