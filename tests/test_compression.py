@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import par_xl
-from par_xl.testing import OpChecks, compile_launches, make_inputs, run
+from par_xl.machine_code import compile_launches, cuda_kernels
+from par_xl.testing import OpChecks, run
 
 
 def pooled(mode, rate, *shape):
@@ -106,7 +107,7 @@ class TestCompress(OpChecks):
     }
 
     def test_second_derivative_is_an_error(self, backend, device):
-        """The op is linear where its maxima stay, so only a gradient that depends on the input has a second derivative."""
+        """The op is linear where its maxima stay: only a gradient that depends on the input has a second derivative."""
         inputs = self.first_case(torch.float32, device)
         output = self.on(backend)(**inputs)
         (first,) = torch.autograd.grad(output.square().sum(), inputs["memory"], create_graph=True)

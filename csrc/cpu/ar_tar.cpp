@@ -6,8 +6,6 @@
 namespace par_xl::PAR_XL_ISA {
 namespace {
 
-constexpr int64_t STREAMED_BYTES = 8 << 20;  // a gradient larger than this leaves the caches before it is read
-
 int64_t strip_steps(const ArTar& p) { return max(1, min(p.steps, (1 << 16) / max(1, p.width))); }
 int64_t strips(const ArTar& p) { return ceil_div(p.steps, strip_steps(p)); }
 int64_t real_steps(const ArTar& p, int64_t b) { return p.lengths ? p.lengths[b] : p.steps; }

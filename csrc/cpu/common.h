@@ -76,6 +76,8 @@ PAR_XL_INLINE T* row(const Rows& x, int64_t b, int64_t t) {
     return static_cast<T*>(x.data) + b * x.batch_stride + t * x.time_stride;
 }
 
+constexpr int64_t STREAMED_BYTES = 8 << 20;  // results larger than this leave the caches before they are read
+
 // 64 bytes past the caches: a plain store reads the line from memory first.
 PAR_XL_INLINE void stream_line(void* to, const void* from) {
 #if defined(__AVX512F__)

@@ -1,16 +1,35 @@
 // Compression of memory rows on the CPU, and the update of a compressive memory in one pass over its rows. A row is
 // worked on in blocks of columns whose partial results stay in the first-level cache.
+#include <type_traits>
+
 #include "common.h"
 
 namespace par_xl::PAR_XL_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 512;
+constexpr int64_t BLOCK = 1024;
 
 // Calls f(first column, columns) for each block of a row.
 template <class F>
 PAR_XL_INLINE void for_each_block(int64_t width, F&& f) {
     for (int64_t begin = 0; begin < width; begin += BLOCK) f(begin, min(BLOCK, width - begin));
+}
+
+// Calls f(x, n) with the addresses x of the next n <= 4 rows until `rate` are done: rows that are read together stream
+// together, and partial results are touched once for all of them.
+template <class T, class Source, class F>
+PAR_XL_INLINE void by_fours(Source&& source, int64_t rate, int64_t column, F&& f) {
+    for (int64_t j = 0; j < rate; j += 4) {
+        const int64_t n = min(4, rate - j);
+        const T* x[4];
+        for (int64_t k = 0; k < n; ++k) x[k] = source(j + k) + column;
+        switch (n) {
+            case 1: f(x, j, std::integral_constant<int, 1>{}); break;
+            case 2: f(x, j, std::integral_constant<int, 2>{}); break;
+            case 3: f(x, j, std::integral_constant<int, 3>{}); break;
+            default: f(x, j, std::integral_constant<int, 4>{});
+        }
+    }
 }
 
 // out = mean over j < rate of source(j); source returns the address of a row. Rows are added by sixteens, and then
@@ -20,20 +39,20 @@ PAR_XL_INLINE void mean_of_rows(T* out, Source&& source, int64_t rate, int64_t w
     using A = acc_t<T>;
     for_each_block(width, [&](int64_t begin, int64_t columns) {
         A total[BLOCK], sum[BLOCK];
-        for (int64_t first = 0; first < rate; first += 16) {
-            const T* x = source(first) + begin;
+        by_fours<T>(source, rate, begin, [&](const T* const* x, int64_t j, auto n) {
+            const bool first = j % 16 == 0, last = j + 4 >= rate, sixteen = j % 16 == 12;
+            auto added = [&](int64_t i) {
+                A s = first ? A(0) : sum[i];
+                for (int k = 0; k < n; ++k) s += load(x[k][i]);
+                return s + (j >= 16 && (sixteen || last) ? total[i] : A(0));
+            };
+            if (last)
 #pragma omp simd
-            for (int64_t i = 0; i < columns; ++i) sum[i] = load(x[i]);
-            for (int64_t j = first + 1; j < min(first + 16, rate); ++j) {
-                x = source(j) + begin;
+                for (int64_t i = 0; i < columns; ++i) out[begin + i] = store<T>(added(i) / A(rate));
+            else
 #pragma omp simd
-                for (int64_t i = 0; i < columns; ++i) sum[i] += load(x[i]);
-            }
-#pragma omp simd
-            for (int64_t i = 0; i < columns; ++i) total[i] = first ? total[i] + sum[i] : sum[i];
-        }
-#pragma omp simd
-        for (int64_t i = 0; i < columns; ++i) out[begin + i] = store<T>(total[i] / A(rate));
+                for (int64_t i = 0; i < columns; ++i) (sixteen ? total : sum)[i] = added(i);
+        });
     });
 }
 
@@ -49,12 +68,13 @@ PAR_XL_INLINE void max_of_rows(T* out, Index* choice, Source&& source, int64_t r
         for (int64_t i = 0; i < columns; ++i) best[i] = load(x[i]), at[i] = 0;
         for (int64_t j = 1; j < rate; ++j) {
             x = source(j) + begin;
+            const int32_t here = int32_t(j);
 #pragma omp simd
             for (int64_t i = 0; i < columns; ++i) {
                 const A value = load(x[i]);
                 const bool better = !(value <= best[i]) & (best[i] == best[i]);
                 best[i] = better ? value : best[i];
-                at[i] = better ? int32_t(j) : at[i];
+                at[i] = better ? here : at[i];
             }
         }
 #pragma omp simd
@@ -65,11 +85,27 @@ PAR_XL_INLINE void max_of_rows(T* out, Index* choice, Source&& source, int64_t r
     });
 }
 
-// Calls f(b, r) for r < rows of every sequence, in parallel.
+// Calls f(b, r, stream) for r < rows of every sequence, in parallel; `stream`: the results are too large for the caches.
 template <class F>
 void for_each_row(int64_t batch, int64_t rows, int64_t bytes_per_row, F&& f) {
-#pragma omp parallel for schedule(static) num_threads(threads_for(batch * rows * bytes_per_row))
-    for (int64_t i = 0; i < batch * rows; ++i) f(i / rows, i % rows);
+    const int64_t bytes = batch * rows * bytes_per_row;
+#pragma omp parallel num_threads(threads_for(bytes))
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < batch * rows; ++i) f(i / rows, i % rows, bytes >= STREAMED_BYTES);
+        finish_streaming();
+    }
+}
+
+// Copies a row.
+template <class T>
+PAR_XL_INLINE void copy_row(T* to, const T* from, int64_t width, bool stream) {
+    const int64_t head = stream ? min(width, -reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T)) : width;
+    constexpr int64_t LINE = 64 / sizeof(T);
+    memcpy(to, from, head * sizeof(T));
+    int64_t i = head;
+    for (; i + LINE <= width; i += LINE) stream_line(to + i, from + i);
+    memcpy(to + i, from + i, (width - i) * sizeof(T));
 }
 
 // Calls f(choice) with the storage type of the chosen rows of max.
@@ -121,24 +157,33 @@ void keep_most_used(const Compression& p, const float* usage) {
 }
 
 template <class T>
-void differentiate_mean(const Compression& p, int64_t b, int64_t n) {
+void differentiate_mean(const Compression& p, int64_t b, int64_t n, bool stream) {
     const T* grad = row<T>(p.compressed, b, n);
     for_each_block(p.width, [&](int64_t begin, int64_t columns) {
         T share[BLOCK];
 #pragma omp simd
         for (int64_t i = 0; i < columns; ++i) share[i] = store<T>(load(grad[begin + i]) / acc_t<T>(p.rate));
-        for (int64_t j = 0; j < p.rate; ++j) memcpy(row<T>(p.memory, b, n * p.rate + j) + begin, share, columns * sizeof(T));
+        for (int64_t j = 0; j < p.rate; ++j) copy_row(row<T>(p.memory, b, n * p.rate + j) + begin, share, columns, stream);
     });
 }
 
 template <class T, class Index>
-void differentiate_max(const Compression& p, const Index* choice, int64_t b, int64_t n) {
+void differentiate_max(const Compression& p, const Index* choice, int64_t b, int64_t n, bool stream) {
     const T* grad = row<T>(p.compressed, b, n);
-    for (int64_t j = 0; j < p.rate; ++j) {
-        T* d = row<T>(p.memory, b, n * p.rate + j);
+    for_each_block(p.width, [&](int64_t begin, int64_t columns) {
+        int32_t at[BLOCK];
+        T share[BLOCK];
 #pragma omp simd
-        for (int64_t i = 0; i < p.width; ++i) d[i] = choice[i] == Index(j) ? grad[i] : T{};
-    }
+        for (int64_t i = 0; i < columns; ++i) at[i] = choice[begin + i];
+        for (int32_t j = 0; j < p.rate; ++j) {
+#pragma omp simd
+            for (int64_t i = 0; i < columns; ++i) {
+                const acc_t<T> g = load(grad[begin + i]);
+                share[i] = store<T>(at[i] == j ? g : acc_t<T>(0));
+            }
+            copy_row(row<T>(p.memory, b, n * p.rate + j) + begin, share, columns, stream);
+        }
+    });
 }
 
 // Row r of the memory followed by the segment.
@@ -148,7 +193,7 @@ PAR_XL_INLINE const T* recent(const MemoryUpdate& p, int64_t b, int64_t r) {
 }
 
 template <class T>
-void update_row(const MemoryUpdate& p, int64_t b, int64_t r) {
+void update_row(const MemoryUpdate& p, int64_t b, int64_t r, bool stream) {
     T* out = row<T>(p.out, b, r);
     const int64_t left = p.old_memory + p.segment - p.new_memory;  // rows that leave the memory
     const T* kept = nullptr;
@@ -167,7 +212,7 @@ void update_row(const MemoryUpdate& p, int64_t b, int64_t r) {
             else max_of_rows(out, static_cast<uint8_t*>(nullptr), source, p.rate, p.width);
         }
     }
-    if (kept) memcpy(out, kept, p.width * sizeof(T));
+    if (kept) copy_row(out, kept, p.width, stream);
 }
 
 }  // namespace
@@ -181,12 +226,12 @@ void compress_forward(const Compression& p, const float* usage) {
         if (p.mode == Compressor::most_used) {
             keep_most_used<T>(p, usage);
         } else if (p.mode == Compressor::mean) {
-            for_each_row(p.batch, groups, bytes, [&](int64_t b, int64_t n) {
+            for_each_row(p.batch, groups, bytes, [&](int64_t b, int64_t n, bool) {
                 mean_of_rows(row<T>(p.compressed, b, n), source(b, n), p.rate, p.width);
             });
         } else {
             with_choice(p, [&](auto choice) {
-                for_each_row(p.batch, groups, bytes, [&](int64_t b, int64_t n) {
+                for_each_row(p.batch, groups, bytes, [&](int64_t b, int64_t n, bool) {
                     max_of_rows(row<T>(p.compressed, b, n), choice + (b * groups + n) * p.width, source(b, n), p.rate, p.width);
                 });
             });
@@ -200,17 +245,18 @@ void compress_backward(const Compression& p) {
         using T = decltype(storage);
         const int64_t row_bytes = p.width * sizeof(T);
         if (p.mode == Compressor::most_used) {
-            for_each_row(p.batch, p.steps, row_bytes, [&](int64_t b, int64_t t) {
+            for_each_row(p.batch, p.steps, row_bytes, [&](int64_t b, int64_t t, bool stream) {
                 const int32_t slot = static_cast<const int32_t*>(p.choice)[b * p.steps + t];
                 T* d = row<T>(p.memory, b, t);
-                slot < 0 ? memset(d, 0, row_bytes) : memcpy(d, row<T>(p.compressed, b, slot), row_bytes);
+                if (slot < 0) memset(d, 0, row_bytes);
+                else copy_row(d, row<T>(p.compressed, b, slot), p.width, stream);
             });
         } else if (p.mode == Compressor::mean) {
-            for_each_row(p.batch, groups, p.rate * row_bytes, [&](int64_t b, int64_t n) { differentiate_mean<T>(p, b, n); });
+            for_each_row(p.batch, groups, p.rate * row_bytes, [&](int64_t b, int64_t n, bool stream) { differentiate_mean<T>(p, b, n, stream); });
         } else {
             with_choice(p, [&](auto choice) {
-                for_each_row(p.batch, groups, p.rate * row_bytes, [&](int64_t b, int64_t n) {
-                    differentiate_max<T>(p, choice + (b * groups + n) * p.width, b, n);
+                for_each_row(p.batch, groups, p.rate * row_bytes, [&](int64_t b, int64_t n, bool stream) {
+                    differentiate_max<T>(p, choice + (b * groups + n) * p.width, b, n, stream);
                 });
             });
         }
@@ -221,7 +267,7 @@ void memory_update(const MemoryUpdate& p) {
     dispatch(p.dtype, [&](auto storage) {
         using T = decltype(storage);
         for_each_row(p.batch, p.new_compressed + p.new_memory, p.width * sizeof(T),
-                     [&](int64_t b, int64_t r) { update_row<T>(p, b, r); });
+                     [&](int64_t b, int64_t r, bool stream) { update_row<T>(p, b, r, stream); });
     });
 }
 

@@ -59,6 +59,9 @@ __device__ __forceinline__ void fold(Source&& source, int64_t rate, acc_t<T> (&b
         for (int i = 0; i < VEC; ++i) best[i] /= A(rate);
 }
 
+template <class T, int N>
+struct alignas(N * sizeof(T)) Vector { T at[N]; };
+
 template <class Index, int VEC>
 __device__ __forceinline__ void store_choice(void* choice, int64_t offset, const int (&at)[VEC]) {
     Vector<Index, VEC> v;
@@ -167,7 +170,8 @@ __global__ void __launch_bounds__(SELECTORS) select(const float* usage, int32_t*
 
 template <class T, int VEC>
 __device__ __forceinline__ void copy(T* to, const T* from) {
-    *reinterpret_cast<Vector<T, VEC>*>(to) = *reinterpret_cast<const Vector<T, VEC>*>(from);
+    using W = typename Word<VEC * sizeof(T)>::type;
+    __stwb(reinterpret_cast<W*>(to), *reinterpret_cast<const W*>(from));  // as in common.cuh's store
 }
 
 // compressed[b, slots[b, t]] = memory[b, t] for the steps kept; backward, the other way, and 0 for the rest

@@ -3,7 +3,8 @@
     mean          out[b, n] = mean over j < rate of memory[b, n rate + j]
     max           the same with the maximum; its gradient goes to the first step that attains it
     conv          out[b, n] = bias + sum over j of weight[:, :, j] memory[b, n rate + j]
-    dilated_conv  x <- relu(bias + weight[:, :, 0] x[b, t - dilation] + weight[:, :, 1] x[b, t]) for each layer, then conv
+    dilated_conv  conv of the last x, where each layer takes x[b, t] to
+                  relu(bias + weight[:, :, 0] x[b, t - dilation] + weight[:, :, 1] x[b, t])
     most_used     the N / rate steps of the largest usage, in time order
 
 Rae et al.: Compressive Transformers for Long-Range Sequence Modelling (arXiv 1911.05507), section 3.2.
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, rows
+from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, rows, to_be_filled
 
 # The modes that have kernels, and their codes in csrc/ops.h; a convolution is a matrix product, which is torch's.
 MODES = {"mean": 0, "max": 1, "most_used": 2}
@@ -24,7 +25,7 @@ CONVOLUTIONS = ("conv", "dilated_conv")
 
 
 def compress_reference(memory: Tensor, usage: Tensor | None, rate: int, mode: str) -> Tensor:
-    """The specification of ``mean``, ``max`` and ``most_used``, in plain PyTorch: ``(B, N, d)`` to ``(B, N/rate, d)``."""
+    """The specification of ``mean``, ``max``, ``most_used`` in plain PyTorch: ``(B, N, d)`` to ``(B, N/rate, d)``."""
     if mode == "most_used":
         keep = memory.shape[1] // rate
         most = usage.sort(dim=1, descending=True, stable=True).indices[:, :keep]  # type: ignore[union-attr]
@@ -105,7 +106,7 @@ def _forward_native(memory, usage, rate, mode):
 
 @BACKWARD.implement("native")
 def _backward_native(grad, choice, rate, mode):
-    d_memory = _fake_backward(grad, choice, rate, mode, None)
+    d_memory = to_be_filled(_fake_backward(grad, choice, rate, mode, None))
     problem = _problem(d_memory, grad, choice, rate, mode)
     if grad.is_cuda:
         _C.compress_backward_cuda(problem, torch.cuda.current_stream().cuda_stream)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from par_xl.ops import compression
-from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, rows
+from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, rows, to_be_filled
 
 
 class Sizes(NamedTuple):
@@ -45,7 +45,7 @@ def sizes_of_update(
 
 
 def evicted_rows(state: Tensor, hidden: Tensor, sizes: Sizes, rate: int) -> Tensor:
-    """The steps that an update compresses, ``(B, sizes.fresh * rate, d)``; a view where they all come from the memory."""
+    """The steps that an update compresses, ``(B, sizes.fresh * rate, d)``; a view if they all come from the memory."""
     begin, end, memory = sizes.leaving - sizes.fresh * rate, sizes.leaving, state[:, sizes.old_compressed :]
     if end <= sizes.old_memory:
         return memory[:, begin:end]
@@ -62,42 +62,35 @@ def update_reference(state: Tensor, hidden: Tensor, fresh: Tensor | None, sizes:
     return torch.cat([compressed[:, lost:], recent[:, sizes.leaving :]], dim=1)
 
 
-def _fake(state, hidden, fresh, sizes, rate, mode, backend):
-    _, _, _, new_compressed, new_memory, _ = sizes
-    return state.new_empty(state.shape[0], new_compressed + new_memory, state.shape[2])
-
-
 # sizes is a Sizes; fresh holds the compressed rows that the kernel is not to compute (mode "given").
 UPDATE = Op(
-    "memory_update(Tensor state, Tensor hidden, Tensor? fresh, SymInt[] sizes, int rate, str mode, str backend) -> Tensor",
-    _fake,
+    "memory_update(Tensor(a!) out, Tensor state, Tensor hidden, Tensor? fresh, SymInt[] sizes, int rate, str mode,"
+    " str backend) -> ()",
+    lambda *_: None,
 )
 
 
-def _problem(state: Tensor, hidden: Tensor, out: Tensor, fresh: Tensor | None, sizes: Any, rate: int, mode: str) -> Any:
-    tensors = rows(state), rows(hidden), rows(out), rows(fresh)
-    code = 3 if mode == "given" else compression.MODES[mode]
-    return _C.MemoryUpdate(*tensors, state.shape[0], state.shape[2], *sizes, rate, code, DTYPES[state.dtype])
+def _new(state: Tensor, sizes: Sizes) -> Tensor:
+    return state.new_empty(state.shape[0], sizes.new_compressed + sizes.new_memory, state.shape[2])
 
 
 @UPDATE.implement("native")
-def _update_native(state, hidden, fresh, sizes, rate, mode):
-    out = _fake(state, hidden, fresh, sizes, rate, mode, None)
-    problem = _problem(state, hidden, out, fresh, sizes, rate, mode)
+def _update_native(out, state, hidden, fresh, sizes, rate, mode):
+    to_be_filled(out)
+    code = 3 if mode == "given" else compression.MODES[mode]
+    tensors = rows(state), rows(hidden), rows(out), rows(fresh)
+    problem = _C.MemoryUpdate(*tensors, state.shape[0], state.shape[2], *sizes, rate, code, DTYPES[state.dtype])
     if state.is_cuda:
         _C.memory_update_cuda(problem, torch.cuda.current_stream().cuda_stream)
     else:
         _C.memory_update_cpu(problem)
-    return out
 
 
 @UPDATE.implement("triton")
-def _update_triton(state, hidden, fresh, sizes, rate, mode):
+def _update_triton(out, state, hidden, fresh, sizes, rate, mode):
     from par_xl.kernels.compression import update
 
-    out = _fake(state, hidden, fresh, sizes, rate, mode, None)
     update(state, hidden, fresh, out, sizes, rate, mode)
-    return out
 
 
 class UpdateMemory(torch.autograd.Function):
@@ -107,7 +100,9 @@ class UpdateMemory(torch.autograd.Function):
     def forward(ctx, state, hidden, fresh, sizes, rate, mode, backend):
         ctx.save_for_backward(state, hidden)
         ctx.options = sizes, rate, mode, backend
-        return UPDATE(state, hidden, fresh, sizes, rate, mode, backend)
+        out = _new(state, sizes)
+        UPDATE(out, state, hidden, fresh, sizes, rate, mode, backend)
+        return out
 
     @staticmethod
     @first_derivative_only
@@ -163,6 +158,7 @@ def update_memory(
     rate: int,
     mode: str = "mean",
     fresh: Tensor | None = None,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, int]:
     """Append a segment to a compressive memory: evict, compress and store in one pass.
@@ -184,12 +180,13 @@ def update_memory(
         rate: steps that become one. Of the steps that leave the memory, the oldest ones that fill no group are dropped,
             so that nothing newer is lost; with segments of a multiple of ``rate`` none are.
         mode: "mean" or "max", computed in the same pass.
-        fresh: compressed rows ``(B, leaving // rate, d)`` of another mode, stored in the same pass; ``mode`` is then not
-            used. :class:`par_xl.nn.CompressiveMemory` does this.
+        fresh: compressed rows ``(B, leaving // rate, d)`` of another mode, stored in the same pass; ``mode`` is then
+            not used. :class:`par_xl.nn.CompressiveMemory` does this.
+        out: contiguous memory for the new state, such as an earlier state that nothing reads any more; no gradients then.
         backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose.
 
     Returns:
-        The new state, a new tensor that shares nothing with the old one, and how many of its rows are compressed.
+        The new state, a tensor that shares nothing with the old one, and how many of its rows are compressed.
         Differentiable in ``state``, ``hidden`` and ``fresh``; the second derivative on the eager backend alone.
 
     Raises:
@@ -203,17 +200,31 @@ def update_memory(
     _check(state, hidden, compressed, memory_length, compressed_length)
     sizes = sizes_of_update(state, hidden, compressed, memory_length, compressed_length, rate)
     if fresh is not None:
-        wanted = (state.shape[0], sizes.fresh, state.shape[2])
-        if fresh.shape != wanted or fresh.dtype != state.dtype or fresh.device != state.device:
-            raise ValueError(
-                f"fresh must be of shape {wanted}, {state.dtype}, on {state.device}, not of shape {tuple(fresh.shape)},"
-                f" {fresh.dtype}, on {fresh.device}"
-            )
+        _check_like("fresh", fresh, state, sizes.fresh)
         mode = "given"
     elif mode not in ("mean", "max"):
-        raise ValueError(f'mode must be "mean" or "max" (pass the rows of other modes as fresh), not {mode!r}')
+        raise ValueError(f'mode must be "mean" or "max" (the rows of other modes go to fresh), not {mode!r}')
     chosen = choose(UPDATE, backend, state)
+    if out is not None:
+        _check_like("out", out, state, sizes.new_compressed + sizes.new_memory)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (state, hidden, fresh)):
+            raise ValueError("out must be None where a gradient is wanted")
     if chosen == "eager":
-        return update_reference(state, hidden, fresh, sizes, rate, mode), sizes.new_compressed
-    tensors = [x if x is None or x.stride(2) == 1 else x.contiguous() for x in (state, hidden, fresh)]
-    return UpdateMemory.apply(*tensors, sizes, rate, mode, chosen), sizes.new_compressed
+        new = update_reference(state, hidden, fresh, sizes, rate, mode)
+        return new if out is None else out.copy_(new), sizes.new_compressed
+    state, hidden, fresh = (x if x is None or x.stride(2) == 1 else x.contiguous() for x in (state, hidden, fresh))
+    if out is None:
+        return UpdateMemory.apply(state, hidden, fresh, sizes, rate, mode, chosen), sizes.new_compressed
+    UPDATE(out, state, hidden, fresh, sizes, rate, mode, chosen)
+    return out, sizes.new_compressed
+
+
+def _check_like(name: str, x: Tensor, state: Tensor, n_rows: int) -> None:
+    wanted = (state.shape[0], n_rows, state.shape[2])
+    if x.shape != wanted or x.dtype != state.dtype or x.device != state.device:
+        raise ValueError(
+            f"{name} must be of shape {wanted}, {state.dtype}, on {state.device}, not of shape {tuple(x.shape)},"
+            f" {x.dtype}, on {x.device}"
+        )
+    if name == "out" and not x.is_contiguous():
+        raise ValueError(f"out must be contiguous, not of strides {x.stride()}")

@@ -74,7 +74,6 @@ class Op:
         return self.overload(*args)
 
 
-<<<<<<< HEAD
 def to_be_filled(x: Tensor) -> Tensor:
     """Ask for huge pages under a large, new CPU tensor that a kernel is about to fill; returns it.
 
@@ -84,11 +83,11 @@ def to_be_filled(x: Tensor) -> Tensor:
     if _C is not None and x.device.type == "cpu" and x.nbytes >= 32 << 20:
         _C.prefer_huge_pages(x.data_ptr(), x.nbytes)
     return x
-=======
+
+
 def rows(x: Tensor | None) -> tuple[int, int, int]:
     """csrc/ops.h's Rows of a ``(batch, time, width)`` tensor; null for None and for a tensor without elements."""
     return (0, 0, 0) if x is None or x.numel() == 0 else (x.data_ptr(), x.stride(0), x.stride(1))
->>>>>>> 1468173 (compress and update_memory on C++, CUDA and Triton: pooling, selection without a sort, one pass per update)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
