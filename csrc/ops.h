@@ -107,7 +107,7 @@ struct MemoryUpdate {
                                 const Heads* d_keys_values, void* dr, void* d_biases); \
     /* -1, or the first token whose target is no class */                                      \
     int64_t adaptive_buckets(const AdaptiveBuckets& p);                                        \
-    void adaptive_rows(const AdaptiveRows& p);
+    void adaptive_rows(const AdaptiveRows& p);                                                 \
     void compress_forward(const Compression& p, const float* usage);                           \
     void compress_backward(const Compression& p);                                              \
     void memory_update(const MemoryUpdate& p);

@@ -4,6 +4,14 @@ from par_xl.nn.acceleration import accelerate
 from par_xl.nn.adaptive_cutoffs import adaptive_cutoffs
 from par_xl.nn.adaptive_embedding import AdaptiveEmbedding
 from par_xl.nn.adaptive_softmax import AdaptiveLogSoftmaxWithLoss, ProjectedAdaptiveLogSoftmax
+from par_xl.nn.compression_losses import (
+    AttentionReconstructionLoss,
+    AutoEncodingLoss,
+    attention_reconstruction_loss,
+    auto_encoding_loss,
+    reduce_layers,
+)
+from par_xl.nn.compressive_memory import CompressiveMemory, Compressor
 from par_xl.nn.dropout import EmbeddingDropout, LockedDropout, WeightDrop
 from par_xl.nn.positions import sinusoids
 from par_xl.nn.regularization import ActivationRegularization
@@ -14,6 +22,10 @@ __all__ = [
     "ActivationRegularization",
     "AdaptiveEmbedding",
     "AdaptiveLogSoftmaxWithLoss",
+    "AttentionReconstructionLoss",
+    "AutoEncodingLoss",
+    "CompressiveMemory",
+    "Compressor",
     "EmbeddingDropout",
     "LockedDropout",
     "MultiHeadAttn",
@@ -24,5 +36,8 @@ __all__ = [
     "WeightDrop",
     "accelerate",
     "adaptive_cutoffs",
+    "attention_reconstruction_loss",
+    "auto_encoding_loss",
+    "reduce_layers",
     "sinusoids",
 ]

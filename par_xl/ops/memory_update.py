@@ -62,9 +62,10 @@ def update_reference(state: Tensor, hidden: Tensor, fresh: Tensor | None, sizes:
     return torch.cat([compressed[:, lost:], recent[:, sizes.leaving :]], dim=1)
 
 
-# sizes is a Sizes; fresh holds the compressed rows that the kernel is not to compute (mode "given").
+# sizes is a Sizes; method is the mode, a name that inductor keeps for itself; fresh holds the compressed rows that the
+# kernel is not to compute (method "given").
 UPDATE = Op(
-    "memory_update(Tensor(a!) out, Tensor state, Tensor hidden, Tensor? fresh, SymInt[] sizes, int rate, str mode,"
+    "memory_update(Tensor(a!) out, Tensor state, Tensor hidden, Tensor? fresh, SymInt[] sizes, int rate, str method,"
     " str backend) -> ()",
     lambda *_: None,
 )

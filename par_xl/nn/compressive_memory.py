@@ -1,0 +1,242 @@
+"""The memory of the Compressive Transformer: recent steps as they are, older ones compressed.
+
+Rae et al.: Compressive Transformers for Long-Range Sequence Modelling (arXiv 1911.05507).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from par_xl.ops import compress, update_memory
+from par_xl.ops.memory_update import Sizes, evicted_rows, sizes_of_update
+
+FUSED = ("mean", "max")  # the modes that the update computes on its way
+
+
+class Compressor(nn.Module):
+    """:func:`par_xl.compress` as a module: ``(B, N, width)`` to ``(B, N // rate, width)``, with the weights of its mode.
+
+    Args:
+        width: of a step.
+        rate: steps that become one.
+        mode: "mean", "max", "conv", "dilated_conv" or "most_used".
+        dilation: of the layers of "dilated_conv" (sonnet's example: 1, 2, 4).
+        bias: of the convolutions (sonnet: none; the lucidrains and labml packages: with).
+
+    Parameters: ``weights``, a ``(width, width, 2)`` for each dilated layer and the ``(width, width, rate)`` of the last,
+    initialised as in ``nn.Conv1d``; ``biases`` of ``(width,)``.
+
+    Source: sonnet v1 ``ConvCompressor``, ``PoolCompressor``; lucidrains' ``ConvCompress`` (its ``conv.weight``).
+    """
+
+    def __init__(
+        self, width: int, rate: int, mode: str = "mean", *, dilation: Sequence[int] | None = None, bias: bool = False
+    ):
+        super().__init__()
+        self.width, self.rate, self.mode, self.dilation = width, rate, mode, dilation
+        kernels = {"conv": [rate], "dilated_conv": [2] * len(dilation or ()) + [rate]}.get(mode, [])
+        self.weights = nn.ParameterList(torch.empty(width, width, kernel) for kernel in kernels)
+        self.biases = nn.ParameterList(torch.empty(width) for _ in kernels if bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for i, weight in enumerate(self.weights):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            if self.biases:
+                bound = 1 / math.sqrt(self.width * weight.shape[2])
+                nn.init.uniform_(self.biases[i], -bound, bound)
+
+    def forward(self, memory: Tensor, usage: Tensor | None = None) -> Tensor:
+        options: dict[str, Any] = dict(usage=usage)
+        if self.weights:
+            options["bias"] = list(self.biases) or None
+            options["weight"], options["dilation"] = list(self.weights), self.dilation
+        return compress(memory, self.rate, self.mode, **options)
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, rate={self.rate}, mode={self.mode!r}, dilation={self.dilation}"
+
+
+@dataclass
+class MemoryState:
+    """What a compressive memory holds between segments.
+
+    Attributes:
+        rows: ``(B, compressed + memory, d)``, oldest first; all of them are real.
+        compressed: how many of them, at the front, are compressed.
+        usage: ``(B, memory)``, the attention each memory row has received so far (mode "most_used"), else None.
+    """
+
+    rows: Tensor
+    compressed: int = 0
+    usage: Tensor | None = None
+
+
+@dataclass
+class Evicted:
+    """What left the memory in one update.
+
+    Attributes:
+        rows: ``(B, n * rate, d)``, detached.
+        compressed: ``(B, n, d)``, what they became, with the graph to the compressor's weights; None if it has none.
+    """
+
+    rows: Tensor
+    compressed: Tensor | None
+
+
+def advance(
+    state: MemoryState,
+    hidden: Tensor,
+    compressor: Compressor,
+    memory_length: int,
+    compressed_length: int,
+    *,
+    usage: Tensor | None = None,
+    bptt: bool = False,
+    out: Tensor | None = None,
+) -> tuple[MemoryState, Evicted]:
+    """Append the segment ``hidden (B, T, d)``; see :class:`CompressiveMemory`, which holds the state itself.
+
+    Returns a new state; the old one stays as it is. ``hidden`` is detached, and unless ``bptt`` so is everything else.
+    """
+    rows, hidden = state.rows if bptt else state.rows.detach(), hidden.detach()
+    options: dict[str, Any] = dict(memory_length=memory_length, compressed_length=compressed_length)
+    options["rate"] = compressor.rate
+    sizes = sizes_of_update(rows, hidden, state.compressed, **options)
+    old = evicted_rows(rows.detach(), hidden, sizes, compressor.rate)
+    received, rest = _received(state, usage, sizes, compressor)
+    fresh = None if compressor.mode in FUSED else compressor(old, received)
+    if fresh is None:
+        options["mode"] = compressor.mode
+    else:
+        options["fresh"] = fresh if bptt else fresh.detach()
+    rows, compressed = update_memory(rows, hidden, state.compressed, **options, out=out)
+    return MemoryState(rows, compressed, rest), Evicted(old, fresh if compressor.weights else None)
+
+
+def _received(
+    state: MemoryState, usage: Tensor | None, sizes: Sizes, compressor: Compressor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The attention that the evicted rows have received, and that of the rows that stay."""
+    if compressor.mode != "most_used":
+        if usage is not None:
+            raise ValueError(f"usage must be given with mode most_used alone, not with {compressor.mode}")
+        return None, None
+    shape = (state.rows.shape[0], sizes.old_memory + sizes.segment)
+    if usage is None or usage.shape != shape:
+        raise ValueError(f"usage must have shape {shape}, not {None if usage is None else tuple(usage.shape)}")
+    total = usage.detach().float().clone()
+    if state.usage is not None:
+        total[:, : sizes.old_memory] += state.usage
+    kept = sizes.fresh * compressor.rate
+    return total[:, sizes.leaving - kept : sizes.leaving], total[:, sizes.leaving :]
+
+
+class CompressiveMemory(nn.Module):
+    """One buffer ``[compressed | memory]``, oldest first, to which segments are appended.
+
+    Appending ``T`` steps evicts the oldest of the memory, compresses them, appends the result at the end of the
+    compressed part and drops the oldest of that. A segment may have any length. Steps that leave the memory and fill no
+    group of ``rate`` are dropped, the oldest ones first; with segments of a multiple of ``rate`` there are none.
+
+        memory = CompressiveMemory(Compressor(d, 4, "conv"), memory_length=512, compressed_length=512)
+        memory.reset(batch_size)
+        for segment in segments:
+            output = layer(segment, memory.rows)      # (B, compressed + memory, d), to attend to
+            evicted = memory.update(segment)          # for an auxiliary loss
+
+    Args:
+        compressor: what compresses; its weights train by an auxiliary loss on what :meth:`update` returns, or by ``bptt``.
+        memory_length, compressed_length: the most rows of either kind.
+        bptt: keep the graph of the compressed rows, so that the task trains the compressor through later segments;
+            :meth:`detach` truncates it. The memory itself is always detached.
+
+    The memory is written anew at every update, on the CPU into the memory of the last state but one if nothing reads
+    that any more: what autograd has saved is never overwritten. No value is read by the host, and once both parts are
+    full all shapes are static. The state dict holds the rows and may be loaded whatever the shape of the present ones.
+    """
+
+    rows: Tensor
+    usage: Tensor
+
+    def __init__(self, compressor: Compressor, memory_length: int, compressed_length: int, *, bptt: bool = False):
+        super().__init__()
+        if memory_length < 0 or compressed_length < 0:
+            raise ValueError(f"lengths must not be negative, not {memory_length} and {compressed_length}")
+        self.compressor, self.bptt = compressor, bptt
+        self.memory_length, self.compressed_length = memory_length, compressed_length
+        self.compressed = 0
+        self._spare: torch.UntypedStorage | None = None  # of the last state but one
+        self.register_buffer("rows", torch.empty(0, 0, compressor.width))
+        self.register_buffer("usage", torch.empty(0, 0))
+
+    def reset(self, batch_size: int, start: str = "empty") -> None:
+        """Forget everything. ``start``: "empty", or "zero" for full memories of zeros, attended to as any other rows."""
+        if start not in ("empty", "zero"):
+            raise ValueError(f'start must be "empty" or "zero", not {start!r}')
+        memory, self.compressed = (self.memory_length, self.compressed_length) if start == "zero" else (0, 0)
+        self.rows = self.rows.new_zeros(batch_size, self.compressed + memory, self.compressor.width)
+        self.usage = self.usage.new_zeros(batch_size, memory if self.compressor.mode == "most_used" else 0)
+
+    def update(self, hidden: Tensor, usage: Tensor | None = None) -> Evicted:
+        """Append ``hidden (B, T, d)``, which is detached.
+
+        ``usage (B, memory + T)``, with mode "most_used": the attention that each row of the memory and the segment has
+        received in this segment. It is added up for as long as a row is in the memory.
+
+        Returns:
+            What left the memory, and what became of it.
+        """
+        state = MemoryState(self.rows, self.compressed, self.usage if self.compressor.mode == "most_used" else None)
+        lengths = self.memory_length, self.compressed_length
+        out = self._reusable(hidden)
+        new, evicted = advance(state, hidden, self.compressor, *lengths, usage=usage, bptt=self.bptt, out=out)
+        if not torch.compiler.is_compiling():
+            self._spare = self.rows.untyped_storage()
+        self.rows, self.compressed = new.rows, new.compressed
+        if new.usage is not None:
+            self.usage = new.usage
+        return evicted
+
+    def _reusable(self, hidden: Tensor) -> Tensor | None:
+        """The memory of the last state but one, if it has the right size and no tensor uses it.
+
+        The first touch of new memory costs the CPU several times its writing; a GPU's allocator reuses by itself.
+        """
+        if self._spare is None or hidden.device.type != "cpu" or self.bptt or torch.compiler.is_compiling():
+            return None
+        sizes = sizes_of_update(
+            self.rows, hidden, self.compressed, self.memory_length, self.compressed_length, self.compressor.rate
+        )
+        shape = torch.Size((hidden.shape[0], sizes.new_compressed + sizes.new_memory, hidden.shape[2]))
+        used = torch._C._storage_Use_Count(self._spare._cdata) > 1  # by more than this very reference
+        if used or self._spare.nbytes() != shape.numel() * hidden.dtype.itemsize:
+            return None
+        return hidden.new_empty(0).set_(self._spare, 0, shape)  # type: ignore[call-overload]
+
+    def detach(self) -> None:
+        """Truncate back-propagation through time: the compressed rows become constants."""
+        self.rows = self.rows.detach()
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"compressed": self.compressed}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.compressed = state["compressed"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("rows", "usage"):
+            if prefix + name in state_dict:
+                setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_spare": None}
+
+    def extra_repr(self) -> str:
+        return f"memory_length={self.memory_length}, compressed_length={self.compressed_length}, bptt={self.bptt}"

@@ -1,0 +1,273 @@
+"""The compressive memory and its auxiliary losses: contents, sharing, state dict, and which gradient goes where."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import par_xl
+from par_xl.nn import AttentionReconstructionLoss, AutoEncodingLoss, CompressiveMemory, Compressor, reduce_layers
+
+MODES = {"mean": {}, "max": {}, "conv": {}, "dilated_conv": {"dilation": (1, 2)}, "most_used": {}}
+
+
+def new_memory(mode="mean", width=6, rate=2, memory=8, compressed=4, batch=3, start="empty", **options):
+    result = CompressiveMemory(Compressor(width, rate, mode, **MODES[mode]), memory, compressed, **options)
+    result.reset(batch, start)
+    return result
+
+
+class ListMemory:
+    """The slow model: two lists of steps, straight from the paper's algorithm."""
+
+    def __init__(self, memory, start):
+        self.owner = memory
+        zero, usage = torch.zeros(3, 6), torch.zeros(3)
+        self.compressed = [zero] * memory.compressed_length if start == "zero" else []
+        self.memory = [(zero, usage)] * memory.memory_length if start == "zero" else []
+
+    def update(self, hidden, usage):
+        steps = self.memory + [(h, torch.zeros(3)) for h in hidden.unbind(1)]
+        steps = [(h, u + new) for (h, u), new in zip(steps, usage.unbind(1), strict=True)]
+        leaving = max(0, len(steps) - self.owner.memory_length)
+        rate = self.owner.compressor.rate
+        old, self.memory = steps[leaving % rate : leaving], steps[leaving:]
+        if old:
+            rows, received = (torch.stack(x, 1) for x in zip(*old, strict=True))
+            most_used = self.owner.compressor.mode == "most_used"
+            self.compressed += self.owner.compressor(rows, received if most_used else None).detach().unbind(1)
+        self.compressed = self.compressed[max(0, len(self.compressed) - self.owner.compressed_length) :]
+
+    def rows(self):
+        return torch.stack([*self.compressed, *(h for h, _ in self.memory)], 1)
+
+
+@pytest.mark.parametrize("start", ["empty", "zero"])
+@pytest.mark.parametrize("mode", MODES)
+def test_contents_equal_a_list_based_model(mode, start):
+    """Over many segments of uneven length: the last of an epoch is short, and one is longer than the memory."""
+    memory = new_memory(mode, start=start)
+    slow = ListMemory(memory, start)
+    for steps in [4, 4, 2, 4, 4, 3, 4, 1, 11, 4, 4]:
+        hidden = torch.randn(3, steps, 6)
+        usage = torch.rand(3, memory.rows.shape[1] - memory.compressed + steps)
+        memory.update(hidden, usage if mode == "most_used" else None)
+        slow.update(hidden, usage)
+        assert memory.compressed == len(slow.compressed)
+        torch.testing.assert_close(memory.rows, slow.rows())
+
+
+def test_fifo_order():
+    """Oldest first: compressed from the front of the memory, to the end of the compressed part, dropped from its front."""
+    memory = new_memory(width=1, rate=2, memory=4, compressed=2, batch=1)
+    for first in range(0, 12, 2):
+        memory.update(torch.tensor([first, first + 1.0]).view(1, 2, 1))
+    assert memory.rows.flatten().tolist() == [4.5, 6.5, 8, 9, 10, 11]
+
+
+def test_a_segment_that_fills_no_group_drops_its_oldest_steps():
+    """lucidrains pads by ``len % rate`` zeros and then loses the newest steps."""
+    memory = new_memory(width=1, rate=4, memory=8, compressed=4, batch=1, start="zero")
+    memory.update(torch.arange(1.0, 9).view(1, 8, 1))
+    evicted = memory.update(torch.full((1, 5, 1), 9.0))
+    assert evicted.rows.flatten().tolist() == [2, 3, 4, 5]  # of 1 to 5, which leave
+    assert memory.rows.flatten().tolist() == [0, 0, 0, 3.5, 6, 7, 8, 9, 9, 9, 9, 9]
+
+
+@pytest.mark.parametrize(("memory", "compressed"), [(0, 4), (8, 0), (0, 0)])
+def test_parts_of_length_zero(memory, compressed):
+    """``x[:, -0:]`` is everything."""
+    result = new_memory(memory=memory, compressed=compressed)
+    for _ in range(5):
+        result.update(torch.randn(3, 4, 6))
+    assert result.rows.shape == (3, memory + compressed, 6)
+    assert result.compressed == compressed
+
+
+def test_zero_and_empty_start():
+    assert new_memory(start="empty").rows.shape == (3, 0, 6)
+    zero = new_memory(start="zero")
+    assert zero.rows.shape == (3, 12, 6) and zero.compressed == 4 and not zero.rows.any()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_what_autograd_saved_is_not_overwritten(kept):
+    """Gradients of the last segments are those of segments whose memory was copied, however late backward comes."""
+    weight = nn.Parameter(torch.randn(6, 6))
+    memory, reference = new_memory(), new_memory()
+    pending = []
+    for _ in range(12):
+        hidden = torch.randn(3, 4, 6)
+        loss, wanted = (F.linear(rows, weight).square().sum() for rows in (memory.rows, reference.rows.clone()))
+        pending.append((loss, wanted))
+        memory.update(hidden), reference.update(hidden)
+        while len(pending) > kept:
+            got, want = (torch.autograd.grad(x, weight)[0] for x in pending.pop(0))
+            assert torch.equal(got, want)
+
+
+def test_memory_is_reused_when_nobody_reads_it():
+    memory = new_memory(start="zero")
+    addresses = []
+    for _ in range(6):
+        memory.update(torch.randn(3, 4, 6))
+        addresses.append(memory.rows.data_ptr())
+    assert addresses[2:] == addresses[:-2] and addresses[0] != addresses[1]
+    held = [memory.rows, memory.rows[:, 2:]]
+    contents = [x.clone() for x in held]
+    for _ in range(3):
+        memory.update(torch.randn(3, 4, 6))
+    assert all(torch.equal(x, y) for x, y in zip(held, contents, strict=True))
+
+
+def test_the_memory_is_detached():
+    hidden = torch.randn(3, 10, 6, requires_grad=True)
+    memory = new_memory("conv")
+    memory.update(hidden)
+    assert not memory.rows.requires_grad
+
+
+def test_dtype_is_kept():
+    memory = new_memory().bfloat16()
+    memory.reset(3)
+    memory.update(torch.randn(3, 10, 6).bfloat16())
+    assert memory.rows.dtype == torch.bfloat16 and memory.compressed == 1
+
+
+@pytest.mark.parametrize("mode", ["conv", "most_used"])
+def test_state_dict_round_trip(mode):
+    def usage(memory):
+        return torch.ones(3, memory.rows.shape[1] - memory.compressed + 4) if mode == "most_used" else None
+
+    memory, other = new_memory(mode), new_memory(mode, batch=1)
+    for _ in range(3):
+        memory.update(torch.randn(3, 4, 6), usage(memory))
+    other.load_state_dict(copy.deepcopy(memory.state_dict()))
+    twin = copy.deepcopy(memory)
+    hidden = torch.randn(3, 4, 6)
+    for one in (memory, other, twin):
+        one.update(hidden, usage(one))
+        assert one.compressed == memory.compressed and torch.equal(one.rows, memory.rows)
+
+
+def test_compiled_update():
+    """Whole-graph, on static shapes once the parts are full."""
+    memory, reference = new_memory(start="zero"), new_memory(start="zero")
+    update = torch.compile(lambda x: memory.update(x).rows, fullgraph=True)
+    for _ in range(3):
+        hidden = torch.randn(3, 4, 6)
+        torch.testing.assert_close(update(hidden), reference.update(hidden).rows)
+        torch.testing.assert_close(memory.rows, reference.rows)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="lengths must not be negative, not -1 and 2"):
+        CompressiveMemory(Compressor(4, 2), -1, 2)
+    with pytest.raises(ValueError, match='start must be "empty" or "zero", not "full"|not \'full\''):
+        new_memory(start="full")
+    with pytest.raises(ValueError, match=r"usage must have shape \(3, 4\), not None"):
+        new_memory("most_used").update(torch.randn(3, 4, 6))
+    with pytest.raises(ValueError, match="usage must be given with mode most_used alone"):
+        new_memory().update(torch.randn(3, 4, 6), torch.ones(3, 4))
+    with pytest.raises(ValueError, match="hidden must have the batch and width of state"):
+        new_memory().update(torch.randn(2, 4, 6))
+
+
+class Layer(nn.Module):
+    """Queries, keys and values of two heads, and the loss of what they read."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(6, 6, bias=False) for _ in range(3))
+
+    def weights(self):
+        return self.query.weight, self.key.weight, self.value.weight
+
+
+@pytest.fixture
+def evicted():
+    memory = new_memory("conv", start="zero")
+    memory.update(torch.randn(3, 8, 6))
+    return memory, memory.update(torch.randn(3, 4, 6))
+
+
+def gradients(loss, *tensors):
+    return [
+        g is not None and bool(g.any())
+        for g in torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=True)
+    ]
+
+
+@pytest.mark.parametrize("free", [None, "stop_hidden", "stop_old", "stop_weights"])
+def test_where_attention_reconstruction_sends_gradients(free, evicted):
+    """As published into the compressor alone; each flag opens one more way. ``detach_`` on a weight would freeze it."""
+    memory, out = evicted
+    layer, hidden = Layer(), torch.randn(3, 4, 6, requires_grad=True)
+    old = out.rows.clone().requires_grad_()
+    function = AttentionReconstructionLoss(2, **({free: False} if free else {}))
+    tensors = *memory.compressor.weights, hidden, old, *layer.weights()
+    loss = function(hidden, old, out.compressed, *layer.weights())
+    wanted = [True, free == "stop_hidden", free == "stop_old", *[free == "stop_weights"] * 3]
+    assert gradients(loss, *tensors) == wanted
+    assert all(weight.requires_grad for weight in layer.weights())
+
+
+def test_attention_reconstruction_is_the_published_expression(evicted):
+    """Scaled content attention, no mask, over the evicted steps alone."""
+    _, out = evicted
+    layer, hidden = Layer(), torch.randn(3, 4, 6)
+
+    def read(x):
+        q, k, v = (
+            f(y).view(3, -1, 2, 3) for f, y in zip((layer.query, layer.key, layer.value), (hidden, x, x), strict=True)
+        )
+        p = torch.einsum("bihd,bjhd->bhij", q * 3**-0.5, k).softmax(-1)
+        return torch.einsum("bhij,bjhd->bhid", p, v)
+
+    error = (read(out.rows) - read(out.compressed)).square()
+    for reduction in ("mean", "sum"):
+        loss = par_xl.nn.attention_reconstruction_loss(
+            hidden, out.rows, out.compressed, *layer.weights(), 2, reduction=reduction
+        )
+        torch.testing.assert_close(loss, getattr(error, reduction)())
+
+
+def test_auto_encoding_is_the_published_expression(evicted):
+    memory, out = evicted
+    function = AutoEncodingLoss(6, 2)
+    old = out.rows.clone().requires_grad_()
+    loss = function(old, out.compressed)
+    decoded = function.decoder(out.compressed.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(loss, (decoded - old).square().mean())
+    assert gradients(loss, *memory.compressor.weights, function.decoder.weight, old) == [True, True, False]
+
+
+def test_bptt_trains_the_compressor_through_the_task():
+    """Without it the task sends nothing into the compressor; ``detach`` truncates it."""
+    for bptt in (False, True):
+        memory = new_memory("conv", bptt=bptt)
+        for _ in range(4):
+            memory.update(torch.randn(3, 4, 6))
+        assert memory.rows.requires_grad == bptt
+        if bptt:
+            assert gradients(memory.rows[:, : memory.compressed].sum(), *memory.compressor.weights) == [True]
+            assert gradients(memory.rows[:, memory.compressed :].sum(), *memory.compressor.weights) == [False]
+            memory.detach()
+            assert not memory.rows.requires_grad
+
+
+def test_reduction_over_layers():
+    losses = [torch.tensor(1.0), torch.tensor(3.0)]
+    assert reduce_layers(losses, "mean") == 2 and reduce_layers(losses, "sum") == 4
+    with pytest.raises(ValueError, match="reduction must be"):
+        reduce_layers(losses, "max")
+
+
+def test_nothing_was_evicted():
+    """The first segments: the loss is 0 and can be differentiated."""
+    memory, layer = new_memory("conv"), Layer()
+    out = memory.update(torch.randn(3, 4, 6))
+    assert AttentionReconstructionLoss(2)(torch.randn(3, 4, 6), out.rows, out.compressed, *layer.weights()) == 0
+    assert AutoEncodingLoss(6, 2)(out.rows, out.compressed) == 0
