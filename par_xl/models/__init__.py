@@ -1,8 +1,20 @@
 """Reference models built from ``par_xl.nn``, all called as ``model(tokens, targets=None, memory=None)``."""
 
 from par_xl.models.awd_lstm import AWDLSTM, AWDLSTMConfig, AWDLSTMOutput
+from par_xl.models.compressive import CompressiveOutput, CompressiveTransformer
+from par_xl.models.compressive_config import CompressiveConfig
 from par_xl.models.output import ModelOutput
 from par_xl.models.transformer_xl import TransformerXL
 from par_xl.models.transformer_xl_config import TransformerXLConfig
 
-__all__ = ["AWDLSTM", "AWDLSTMConfig", "AWDLSTMOutput", "ModelOutput", "TransformerXL", "TransformerXLConfig"]
+__all__ = [
+    "AWDLSTM",
+    "AWDLSTMConfig",
+    "AWDLSTMOutput",
+    "CompressiveConfig",
+    "CompressiveOutput",
+    "CompressiveTransformer",
+    "ModelOutput",
+    "TransformerXL",
+    "TransformerXLConfig",
+]

@@ -1,0 +1,222 @@
+"""The Compressive Transformer: what it attends to, which loss trains what, and that compressed memory helps."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from par_xl.models import CompressiveConfig, CompressiveTransformer, TransformerXL, TransformerXLConfig
+from par_xl.nn.attention_received import attention_received
+from par_xl.nn.positions import distances, sinusoids
+from par_xl.nn.rel_attention import RelPartialLearnableMultiHeadAttn
+
+MODES = {"mean": {}, "max": {}, "conv": {}, "dilated_conv": {"dilation": (1, 2)}, "most_used": {}}
+SMALL = dict(vocab_size=17, n_layer=3, n_head=2, d_model=8, d_head=4, d_inner=16)
+
+
+def new_model(compression="conv", **options):
+    lengths = dict(mem_len=6, compressed_len=4, rate=2)
+    config = {**SMALL, **lengths, **MODES[compression], **options}
+    return CompressiveTransformer(CompressiveConfig(compression=compression, **config))
+
+
+def segments(n, batch=2, steps=4):
+    text = torch.randint(17, (batch, n * steps + 1))
+    return list(zip(text[:, :-1].split(steps, 1), text[:, 1:].split(steps, 1), strict=True))
+
+
+def read(model, n):
+    """The outputs of ``n`` segments in a row."""
+    memory, outputs = None, []
+    for tokens, targets in segments(n):
+        outputs.append(model(tokens, targets, memory))
+        memory = outputs[-1].memory
+    return outputs
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_and_their_number(mode):
+    """The parts grow to their lengths; nothing in the memory needs a gradient."""
+    counts = [(o.memory[0][1], o.memory[0][0].shape[1]) for o in read(new_model(mode), 5)]
+    assert counts == [(0, 4), (1, 7), (3, 9), (4, 10), (4, 10)]
+    assert not any(rows.requires_grad for rows, _, _ in read(new_model(mode), 3)[-1].memory)
+
+
+def test_without_eviction_it_is_transformer_xl():
+    """A memory longer than the text: the same weights give the same output and gradients."""
+    config = dict(SMALL, mem_len=100)
+    xl = TransformerXL(TransformerXLConfig(**config))
+    model = CompressiveTransformer(CompressiveConfig(**config))
+    model.load_state_dict(xl.state_dict(), strict=False)
+    state, memory = None, None
+    for tokens, targets in segments(3):
+        got, want = model(tokens, targets, state), xl(tokens, targets, memory)
+        torch.testing.assert_close(got.nll, want.nll)
+        state, memory = got.memory, want.memory
+
+
+def test_layers_read_compressed_then_memory_then_segment():
+    """Against TransformerXL with the very rows as its memory: oldest first, distances counted in rows."""
+    model = new_model("mean").eval()
+    xl = TransformerXL(TransformerXLConfig(**SMALL, mem_len=10))
+    xl.load_state_dict(model.state_dict(), strict=False)
+    memory = read(model, 5)[-1].memory
+    (tokens, targets), *_ = segments(1)
+    rows = torch.stack([rows for rows, _, _ in memory])
+    torch.testing.assert_close(model(tokens, targets, memory).nll, xl(tokens, targets, rows).nll)
+
+
+def parameters(model):
+    own = {id(p) for p in model.compression_parameters()}
+    task = [p for p in model.parameters() if id(p) not in own]
+    return task, list(model.compression_parameters())
+
+
+@pytest.mark.parametrize("pre_lnorm", [False, True])
+@pytest.mark.parametrize("loss", ["attention", "auto-encoding"])
+def test_the_two_losses_do_not_mix(loss, pre_lnorm):
+    """The transformer's gradients are bit-equal whatever the auxiliary weight; the compressors' whatever the task."""
+    torch.manual_seed(1)
+    model = new_model(compression_loss=loss, pre_lnorm=pre_lnorm)
+    task, compression = parameters(model)
+
+    def gradients(weight, task_weight):
+        torch.manual_seed(2)
+        model.config.compression_weight = weight
+        total = sum(o.loss + (task_weight - 1) * o.nll.mean() for o in read(model, 4))
+        model.zero_grad()
+        total.backward()
+        return [p.grad for p in task], [p.grad for p in compression]
+
+    both, off = gradients(1.0, 1.0), gradients(0.0, 1.0)
+    assert all(torch.equal(x, y) for x, y in zip(both[0], off[0], strict=True))
+    alone = gradients(1.0, 0.0)
+    assert all(torch.equal(x, y) for x, y in zip(both[1], alone[1], strict=True))
+    assert all(x.any() for x in both[1]) and not any(x.any() for x in off[1])
+    assert not any(x is not None and x.any() for x in alone[0])
+    assert all(p.requires_grad for p in task)  # lucidrains' detach_() freezes the key-value projection
+
+
+def test_evaluation_has_no_auxiliary_loss():
+    output = read(new_model().eval(), 4)[-1]
+    assert torch.equal(output.loss, output.nll.mean())
+    assert output.compression_losses.shape == (3,) and (output.compression_losses > 0).all()
+
+
+def test_bptt_trains_the_compressors_by_the_task():
+    model = new_model(compression_loss="bptt")
+    outputs = read(model, 4)
+    task, compression = parameters(model)
+    sum(o.loss for o in outputs).backward()
+    assert all(p.grad.any() for p in [*task, *compression])
+    assert not any(rows.requires_grad for rows, _, _ in model.detach(outputs[-1].memory))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reduction_over_layers(reduction):
+    output = read(new_model(compression_reduction=reduction, compression_weight=0.5), 4)[-1]
+    wanted = output.nll.mean() + 0.5 * getattr(output.compression_losses, reduction)()
+    torch.testing.assert_close(output.loss, wanted)
+
+
+def test_memory_in_some_layers():
+    """A layer without a memory sees its segment alone."""
+    model = new_model(memory_layers=(2,)).eval()
+    memory = read(model, 3)[-1].memory
+    assert len(memory) == 1 and len(model.compressors) == 1
+    (tokens, _), *_ = segments(1)
+    torch.testing.assert_close(model(tokens, memory=memory).memory[0][0][:, -4:], model(tokens).memory[0][0])
+
+
+def test_zero_start():
+    memory = new_model(memory_start="zeros").init_memory(2)
+    assert [(rows.shape, n) for rows, n, _ in memory] == [((2, 10, 8), 4)] * 3
+
+
+def test_attention_received():
+    """Against the whole matrix of weights, across blocks of queries."""
+    layer = RelPartialLearnableMultiHeadAttn(2, 8, 4, untie_r=True)
+    nn.init.normal_(layer.r_w_bias), nn.init.normal_(layer.r_r_bias)
+    w, mems = torch.randn(3, 70, 8), torch.randn(3, 5, 8)
+    r = sinusoids(distances(75), 8)
+    q, k, _ = layer.split(layer.qkv_net(torch.cat([mems, w], 1)))
+    q, rows = q[:, :, 5:], layer.r_net(r).view(75, 2, 4).transpose(0, 1)
+    scores = torch.full((3, 2, 70, 75), -math.inf)
+    for i in range(70):
+        for j in range(i + 6):
+            content = ((q[:, :, i] + layer.r_w_bias) * k[:, :, j]).sum(-1)
+            position = ((q[:, :, i] + layer.r_r_bias) * rows[:, j - i + 69]).sum(-1)
+            scores[:, :, i, j] = (content + position) / 2
+    wanted = scores.softmax(-1).sum(2).mean(1)
+    torch.testing.assert_close(attention_received(layer, w, r, mems=mems), wanted)
+
+
+@pytest.mark.parametrize("mode", ["conv", "most_used"])
+@pytest.mark.parametrize("prompt", [1, 4, 11])
+def test_generation_equals_reading_again(mode, prompt):
+    """Greedy decoding with caches against the model over segments, across several of them."""
+    model = new_model(mode).eval()
+    text = model.generate(torch.randint(17, (2, prompt)), 9, segment_length=4, temperature=0)
+    memory = None
+    for begin in range(0, text.shape[1], 4):
+        piece = text[:, begin : begin + 4]
+        output = model(piece, memory=memory)
+        memory, predicted = output.memory, model.predict(output.hidden)
+        for i in range(piece.shape[1]):
+            if prompt <= begin + i + 1 < text.shape[1]:
+                assert torch.equal(predicted[:, i], text[:, begin + i + 1])
+
+
+def test_temporal_range():
+    """``l (nm + c ncm)``: a token at that distance changes the output, one beyond it does not."""
+    torch.manual_seed(3)
+    model = new_model("mean", n_layer=2, mem_len=4, compressed_len=2).double().eval()
+    assert model.config.temporal_range == 2 * (4 + 2 * 2)
+    text = torch.randint(17, (1, 32))
+
+    def last(text):
+        memory = None
+        for piece in text.split(4, 1):
+            output = model(piece, memory=memory)
+            memory = output.memory
+        return output.hidden[:, 0]
+
+    reference = last(text)
+    changed = [not torch.equal(last(text.index_fill(1, torch.tensor([i]), 16)), reference) for i in range(29)]
+    changed = [c for c, token in zip(changed, text[0], strict=False) if token != 16]
+    first = changed.index(True)
+    assert 28 - first <= model.config.temporal_range + 4 and 28 - first > model.config.temporal_range - 4
+
+
+def test_named_configurations():
+    wt103, enwik8, pg19 = (CompressiveConfig.named(name) for name in ("wt103", "enwik8", "pg19"))
+    assert (wt103.n_layer, wt103.mem_len, wt103.compressed_len, wt103.rate) == (18, 512, 1500, 4)
+    assert (enwik8.n_layer, enwik8.mem_len, enwik8.compressed_len, enwik8.rate) == (24, 768, 1152, 3)
+    assert (pg19.n_layer, pg19.mem_len, pg19.compressed_len, pg19.rate) == (36, 512, 512, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(attn_type=1, max_klen=9), "needs attn_type 0"),
+        (dict(rate=0), "rate positive, not 4, 0"),
+        (dict(compression="conv", dilation=(1,)), "dilation is for compression dilated_conv"),
+        (dict(compression_loss="l2"), "compression_loss must be one of attention"),
+        (dict(memory_layers=(3,)), "memory_layers must lie between 0 and 2"),
+    ],
+)
+def test_bad_configurations(options, message):
+    with pytest.raises(ValueError, match=message):
+        new_model(**options)
+
+
+def test_bad_input():
+    model = new_model()
+    with pytest.raises(ValueError, match="targets must have the shape of tokens"):
+        model(torch.zeros(2, 4).long(), torch.zeros(2, 3).long())
+    with pytest.raises(ValueError, match="memory must have 3 entries of batch 2"):
+        model(torch.zeros(2, 4).long(), memory=model.init_memory(3))
+    with pytest.raises(ValueError, match="no weights of a Compressive Transformer"):
+        CompressiveTransformer._loaded(None, {})
