@@ -322,3 +322,18 @@ def test_triton_machine_code():
         assert one.stack == 0, one.kernel
         if one.kernel != "_select":
             assert "LDG.E.128" in one.sass and "STG.E.128" in one.sass, one.kernel
+
+
+WIDEST = {"6__half": 8, "13__nv_bfloat16": 8, "If": 4, "Id": 2}  # mangled storage type: elements in 16 bytes
+
+
+@pytest.mark.skipif(not cuda_kernels("compression"), reason="the extension was built without CUDA kernels")
+def test_cuda_machine_code():
+    """No spills; the 16-byte kernels (vector width 8, 4 or 2) load and store 16 bytes at a time."""
+    compiled = cuda_kernels("compression")
+    wide = [one for one in compiled if any(f"{t}Li{n}E" in one.kernel for t, n in WIDEST.items())]
+    assert len(wide) == len({one.capability for one in compiled}) * 4 * 2 * len(WIDEST)
+    for one in compiled:
+        assert one.stack == 0, one.kernel
+    for one in wide:
+        assert "LDG.E.128" in one.sass and "STG.E.128" in one.sass, one.kernel

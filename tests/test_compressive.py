@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from par_xl.models import CompressiveConfig, CompressiveTransformer, TransformerXL, TransformerXLConfig
@@ -174,20 +173,22 @@ def test_temporal_range():
     torch.manual_seed(3)
     model = new_model("mean", n_layer=2, mem_len=4, compressed_len=2).double().eval()
     assert model.config.temporal_range == 2 * (4 + 2 * 2)
-    text = torch.randint(17, (1, 32))
+    text = torch.randint(16, (1, 40))
 
     def last(text):
         memory = None
         for piece in text.split(4, 1):
             output = model(piece, memory=memory)
             memory = output.memory
-        return output.hidden[:, 0]
+        return output.hidden
 
     reference = last(text)
-    changed = [not torch.equal(last(text.index_fill(1, torch.tensor([i]), 16)), reference) for i in range(29)]
-    changed = [c for c, token in zip(changed, text[0], strict=False) if token != 16]
-    first = changed.index(True)
-    assert 28 - first <= model.config.temporal_range + 4 and 28 - first > model.config.temporal_range - 4
+    # Whole segments, the last being 36 .. 39, whose first token has the shortest way back.
+    changed = [
+        not torch.equal(last(text.index_fill(1, torch.arange(begin, begin + 4), 16)), reference)
+        for begin in range(0, 36, 4)
+    ]
+    assert changed == [begin >= 36 - model.config.temporal_range for begin in range(0, 36, 4)]
 
 
 def test_named_configurations():

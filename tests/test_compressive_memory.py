@@ -60,7 +60,7 @@ def test_contents_equal_a_list_based_model(mode, start):
 
 
 def test_fifo_order():
-    """Oldest first: compressed from the front of the memory, to the end of the compressed part, dropped from its front."""
+    """Compressed from the front of the memory, to the end of the compressed part, dropped from its front."""
     memory = new_memory(width=1, rate=2, memory=4, compressed=2, batch=1)
     for first in range(0, 12, 2):
         memory.update(torch.tensor([first, first + 1.0]).view(1, 2, 1))

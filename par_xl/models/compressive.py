@@ -1,4 +1,4 @@
-"""The Compressive Transformer: Rae et al.: Compressive Transformers for Long-Range Sequence Modelling (arXiv 1911.05507)."""
+"""The Compressive Transformer of Rae et al. (arXiv 1911.05507)."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -41,14 +41,14 @@ class CompressiveTransformer(TransformerXL):
 
     Every layer attends to ``[compressed | memory | segment]`` with Transformer-XL's relative positions, whose distances
     count rows: a compressed step is one. What is stored is the layer's input, normalised at use with ``pre_lnorm``.
-    (Sonnet scales q before the biases, gives the compressed part relative keys of its own and stores normalised inputs.)
+    (Sonnet scales q before the biases, has other relative keys for the compressed part and stores normalised inputs.)
 
-    With ``compression_loss="bptt"`` the compressed rows of the memory keep their graph, so that the next segments' losses
-    train the compressors: sum the losses of a few segments, and :meth:`detach` the memory after their backward.
-    Otherwise the task sends no gradient into the compressors, and the auxiliary loss none into the rest, so one optimizer serves
-    both; clip their norms separately (:meth:`compression_parameters`).
+    With ``compression_loss="bptt"`` the compressed rows of the memory keep their graph, so that the losses of the next
+    segments train the compressors: sum those of a few segments, and :meth:`detach` the memory after their backward.
+    Otherwise the task sends no gradient into the compressors, and the auxiliary loss none into the rest, so that one
+    optimizer serves both; clip their norms separately (:meth:`compression_parameters`).
 
-    Source: the paper; sonnet v1 ``nets/transformer.py``; labml's ``transformers/compressive`` (memories not normalised).
+    Source: the paper; sonnet v1 ``nets/transformer.py``; labml's ``transformers/compressive`` (stores as here).
     """
 
     config: CompressiveConfig
@@ -112,10 +112,8 @@ class CompressiveTransformer(TransformerXL):
             shapes = [tuple(s.rows.shape) for s in states]
             raise ValueError(f"memory must have {len(self.memory_layers)} entries of batch {len(tokens)}, not {shapes}")
 
-    def _attend(
-        self, tokens: Tensor, states: list[MemoryState]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-        """The output; of each layer that has a memory its input, and with most_used the attention that rows received."""
+    def _attend(self, tokens: Tensor, states: list[MemoryState]) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+        """The output; of each layer with a memory its input, and with most_used the attention that rows received."""
         x = self.drop(self.word_emb(tokens))
         by_layer = dict(zip(self.memory_layers, states, strict=True))
         positions: dict[int, list[LayerPositions]] = {}  # by number of keys: layers without a memory have fewer

@@ -37,7 +37,9 @@ class CompressiveConfig(TransformerXLConfig):
         if self.attn_type != 0 or self.ext_len or self.same_length != "off":
             raise ValueError("the Compressive Transformer needs attn_type 0, ext_len 0 and same_length off")
         if self.compressed_len < 0 or self.rate < 1:
-            raise ValueError(f"compressed_len must not be negative and rate positive, not {self.compressed_len}, {self.rate}")
+            raise ValueError(
+                f"compressed_len must not be negative and rate positive, not {self.compressed_len}, {self.rate}"
+            )
         if bool(self.dilation) != (self.compression == "dilated_conv"):
             raise ValueError(f"dilation is for compression dilated_conv, not {self.compression} with {self.dilation}")
         choices = {

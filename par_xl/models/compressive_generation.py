@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class SegmentDecoder:
     """Feeds tokens to a model in evaluation mode, without gradients; a token costs one step.
 
-    The memory stays as it is until ``segment_length`` tokens were read, and then takes them all, as in training: token by
-    token, each would be evicted alone and none would fill a group to compress. Within a segment the layers keep keys
+    The memory stays as it is until ``segment_length`` tokens were read, and then takes them all, as in training: token
+    by token, each would be evicted alone and none would fill a group to compress. Within a segment the layers keep keys
     and values.
     """
 

@@ -3,9 +3,9 @@
     attention reconstruction   mean((attention(q, old) - attention(q, compressed))^2)
     auto-encoding              mean((old - decode(compressed))^2)
 
-Attention is by content: no positions, no mask, over the evicted steps alone. As published, the loss trains the compressor
-and nothing else: the queries, the old memory and the projections are constants to it. The third way of the paper, BPTT,
-has no loss of its own: ``CompressiveMemory(bptt=True)``.
+Attention is by content: no positions, no mask, over the evicted steps alone. As published, the loss trains the
+compressor and nothing else: the queries, the old memory and the projections are constants to it. The third way of the
+paper, BPTT, has no loss of its own: ``CompressiveMemory(bptt=True)``.
 
 Rae et al.: Compressive Transformers for Long-Range Sequence Modelling (arXiv 1911.05507), section 3.3; sonnet v1
 ``nets/transformer.py``, ``CompressiveTransformer``.
@@ -39,9 +39,10 @@ def attention_reconstruction_loss(
 ) -> Tensor:
     """How far attention to the compressed steps is from attention to the steps that they replace.
 
-    Equivalent, up to which gradients are stopped, with ``heads = lambda x, w: F.linear(x, w).unflatten(2, (n_heads, -1))
-    .transpose(1, 2)`` and ``q = heads(hidden, query_weight)``, to ::
+    Equivalent, up to which gradients are stopped, to ::
 
+        heads = lambda x, weight: F.linear(x, weight).unflatten(2, (n_heads, -1)).transpose(1, 2)
+        q = heads(hidden, query_weight)
         read = lambda x: F.scaled_dot_product_attention(q, heads(x, key_weight), heads(x, value_weight), scale=scale)
         F.mse_loss(read(compressed), read(old), reduction=reduction)
 
@@ -144,7 +145,7 @@ class AttentionReconstructionLoss(nn.Module):
 
 
 class AutoEncodingLoss(nn.Module):
-    """:func:`auto_encoding_loss` with a decoder of its own: ``decoder.weight (width, width, rate)``, no bias (sonnet)."""
+    """:func:`auto_encoding_loss` with its own decoder: ``decoder.weight (width, width, rate)``, no bias (sonnet)."""
 
     def __init__(self, width: int, rate: int, *, stop_old: bool = True, reduction: str = "mean"):
         super().__init__()

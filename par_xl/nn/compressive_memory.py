@@ -18,7 +18,7 @@ FUSED = ("mean", "max")  # the modes that the update computes on its way
 
 
 class Compressor(nn.Module):
-    """:func:`par_xl.compress` as a module: ``(B, N, width)`` to ``(B, N // rate, width)``, with the weights of its mode.
+    """:func:`par_xl.compress` as a module with the weights of its mode: ``(B, N, width)`` to ``(B, N // rate, width)``.
 
     Args:
         width: of a step.
@@ -27,8 +27,8 @@ class Compressor(nn.Module):
         dilation: of the layers of "dilated_conv" (sonnet's example: 1, 2, 4).
         bias: of the convolutions (sonnet: none; the lucidrains and labml packages: with).
 
-    Parameters: ``weights``, a ``(width, width, 2)`` for each dilated layer and the ``(width, width, rate)`` of the last,
-    initialised as in ``nn.Conv1d``; ``biases`` of ``(width,)``.
+    Parameters: ``weights``, a ``(width, width, 2)`` for each dilated layer and the ``(width, width, rate)`` of the
+    last, initialised as in ``nn.Conv1d``; ``biases`` of ``(width,)``.
 
     Source: sonnet v1 ``ConvCompressor``, ``PoolCompressor``; lucidrains' ``ConvCompress`` (its ``conv.weight``).
     """
@@ -151,7 +151,7 @@ class CompressiveMemory(nn.Module):
             evicted = memory.update(segment)          # for an auxiliary loss
 
     Args:
-        compressor: what compresses; its weights train by an auxiliary loss on what :meth:`update` returns, or by ``bptt``.
+        compressor: what compresses; its weights train by an auxiliary loss on what :meth:`update` returns, or ``bptt``.
         memory_length, compressed_length: the most rows of either kind.
         bptt: keep the graph of the compressed rows, so that the task trains the compressor through later segments;
             :meth:`detach` truncates it. The memory itself is always detached.
@@ -176,7 +176,7 @@ class CompressiveMemory(nn.Module):
         self.register_buffer("usage", torch.empty(0, 0))
 
     def reset(self, batch_size: int, start: str = "empty") -> None:
-        """Forget everything. ``start``: "empty", or "zero" for full memories of zeros, attended to as any other rows."""
+        """Forget everything. ``start``: "empty", or "zero" for full memories of zeros, which are read as any rows."""
         if start not in ("empty", "zero"):
             raise ValueError(f'start must be "empty" or "zero", not {start!r}')
         memory, self.compressed = (self.memory_length, self.compressed_length) if start == "zero" else (0, 0)

@@ -8,7 +8,7 @@
 Rae et al.: Compressive Transformers for Long-Range Sequence Modelling (arXiv 1911.05507), algorithm 1.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -183,7 +183,7 @@ def update_memory(
         mode: "mean" or "max", computed in the same pass.
         fresh: compressed rows ``(B, leaving // rate, d)`` of another mode, stored in the same pass; ``mode`` is then
             not used. :class:`par_xl.nn.CompressiveMemory` does this.
-        out: contiguous memory for the new state, such as an earlier state that nothing reads any more; no gradients then.
+        out: contiguous memory for the new state, an earlier state that nothing reads any more, say; no gradients then.
         backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose.
 
     Returns:
