@@ -69,7 +69,7 @@ Run = Annotated[Path, typer.Argument(help="Folder of a finished par-xl train.")]
 
 @app.command(no_args_is_help=True)
 def train(
-    architecture: Annotated[str, typer.Argument(help="awd-lstm or transformer-xl.")],
+    architecture: Annotated[str, typer.Argument(help="awd-lstm, transformer-xl or compressive.")],
     data: Data,
     recipe: Annotated[str, typer.Option(help="Name of a recipe; the default goes with the data.")] = "",
     out: Annotated[

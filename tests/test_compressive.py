@@ -191,6 +191,33 @@ def test_temporal_range():
     assert changed == [begin >= 36 - model.config.temporal_range for begin in range(0, 36, 4)]
 
 
+def test_compressed_memory_copies_what_memory_alone_has_lost():
+    """A token must be named again three segments later, out of reach of the segment and memory."""
+    losses = {}
+    for compressed_len in (0, 8):
+        torch.manual_seed(0)
+        lengths = dict(mem_len=4, compressed_len=compressed_len, rate=4)
+        config = dict(vocab_size=9, n_layer=1, n_head=2, d_model=32, d_head=16, d_inner=64, memory_start="zeros")
+        model = CompressiveTransformer(
+            CompressiveConfig(compression="mean", compression_loss="none", **config, **lengths)
+        )
+        optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+        for _ in range(150):
+            keys = torch.randint(8, (32, 1))
+            blank = torch.full((32, 4), 8)
+            first = torch.cat([keys, blank[:, 1:]], 1)
+            memory = None
+            for segment in (first, blank, blank):
+                memory = model(segment, memory=memory).memory
+            loss = model(blank, keys.expand(-1, 4), memory).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[compressed_len] = loss.item()
+    assert losses[0] > 0.95 * math.log(8), losses
+    assert losses[8] < 0.5 * math.log(8), losses
+
+
 def test_named_configurations():
     wt103, enwik8, pg19 = (CompressiveConfig.named(name) for name in ("wt103", "enwik8", "pg19"))
     assert (wt103.n_layer, wt103.mem_len, wt103.compressed_len, wt103.rate) == (18, 512, 1500, 4)
@@ -221,3 +248,38 @@ def test_bad_input():
         model(torch.zeros(2, 4).long(), memory=model.init_memory(3))
     with pytest.raises(ValueError, match="no weights of a Compressive Transformer"):
         CompressiveTransformer._loaded(None, {})
+
+
+def test_training_run(tmp_path):
+    """The command's run: a finished model that can be loaded, its picture, and losses clipped apart."""
+    from par_xl.data import load_corpus
+    from par_xl.training import COMPRESSIVE_RECIPES, override, train_compressive
+    from par_xl.training.compressive import attention_shares
+
+    text = "".join(f"{i} * {i} = {i * i}\n" for i in range(300))
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.txt").write_text(text)
+    corpus = load_corpus(f"bytes:{tmp_path}")
+    assert bytes(corpus.train.tolist()).decode() == text
+    recipe = override(COMPRESSIVE_RECIPES["human-numbers"], {"epochs": "1", "compressed_len": "16"})
+    model, history = train_compressive(corpus, recipe, tmp_path, devices=1)
+    assert history.valid[-1]["val_loss"] < math.log(256)
+    assert (tmp_path / "compression.png").stat().st_size > 10_000
+    tokens = torch.randint(256, (2, 32))
+    memory = model(tokens, memory=model(tokens, memory=model(tokens).memory).memory).memory
+    for share in attention_shares(model.eval(), tokens, memory):
+        assert sum(share) == pytest.approx(1) and min(share) > 0
+
+
+def test_gradients_are_clipped_apart():
+    from types import SimpleNamespace
+
+    from par_xl.training.compressive import ClipApart
+
+    model = new_model()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    module = SimpleNamespace(model=model, parameters=model.parameters)
+    ClipApart(0.1).on_before_optimizer_step(None, module, None)
+    for group in parameters(model):
+        assert nn.utils.get_total_norm([p.grad for p in group]).item() == pytest.approx(0.1, rel=1e-3)

@@ -79,7 +79,7 @@ def load_corpus(source: str | os.PathLike, *, cache_dir: str | os.PathLike | Non
     A folder's files are UTF-8 with one paragraph to a line; words are what white space separates, every line ends in
     ``<eos>``, and the vocabulary is that of the train split. ``test`` may be missing. The encoded corpus is kept in
     ``cache_dir`` (default: ``$PAR_XL_CACHE``, or else ``$XDG_CACHE_HOME/par_xl`` or ``~/.cache/par_xl``) under the hash
-    of the files' content. ``human-numbers`` has no ``<eos>`` and no test split; its first 80 % are the train split.
+    of the files' content. ``bytes:FOLDER`` reads the same files as bytes, which are the 256 words. ``human-numbers`` has no ``<eos>`` and no test split; its first 80 % are the train split.
 
     Raises:
         FileNotFoundError: the folder, or its train or valid file, is missing.
@@ -91,6 +91,8 @@ def load_corpus(source: str | os.PathLike, *, cache_dir: str | os.PathLike | Non
         vocabulary = Vocabulary.from_tokens(tokens[:cut], unk=False)
         return Corpus(vocabulary, vocabulary.encode(tokens[:cut]), vocabulary.encode(tokens[cut:]))
 
+    if str(source).startswith("bytes:"):
+        return _bytes_of(_find_files(Path(str(source).removeprefix("bytes:"))))
     files = _find_files(Path(source))
     cached = _cache_path(files, Path(cache_dir) if cache_dir is not None else _default_cache_dir())
     if not cached.exists():
@@ -109,6 +111,15 @@ def _find_files(folder: Path) -> dict[str, Path]:
                 raise FileNotFoundError(f"{folder} has {files['train'].name} but no {files['valid'].name}")
             return {split: file for split, file in files.items() if file.exists()}
     raise FileNotFoundError(f"{folder} has neither wiki.train.tokens nor train.txt")
+
+
+def _bytes_of(files: dict[str, Path]) -> Corpus:
+    """Each split as its bytes; what is no visible ASCII character is the word ``<0x..>``."""
+    words = [chr(byte) if 32 < byte < 127 else f"<0x{byte:02X}>" for byte in range(256)]
+    splits = {
+        split: torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8).int() for split, file in files.items()
+    }
+    return Corpus(Vocabulary(words), **splits)
 
 
 def _words(file: Path) -> Iterator[str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from par_xl.training.awd_lstm import RECIPES, AWDLSTMRecipe, train_awd_lstm
 from par_xl.training.checkpoint import RandomState, SafetensorsCheckpointIO, SaveOnInterrupt
+from par_xl.training.compressive import COMPRESSIVE_RECIPES, CompressiveRecipe, train_compressive
 from par_xl.training.data_module import LanguageModelData
 from par_xl.training.fit import Recipe, fit
 from par_xl.training.history import History, plot_losses
@@ -18,15 +19,18 @@ from par_xl.training.transformer_xl import TRANSFORMER_XL_RECIPES, TransformerXL
 # What `par-xl train NAME` knows: the recipes, and the function that runs one.
 TRAININGS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "awd-lstm": (RECIPES, train_awd_lstm),
+    "compressive": (COMPRESSIVE_RECIPES, train_compressive),
     "transformer-xl": (TRANSFORMER_XL_RECIPES, train_transformer_xl),
 }
 
 __all__ = [
+    "COMPRESSIVE_RECIPES",
     "NTASGD",
     "RECIPES",
     "TRAININGS",
     "TRANSFORMER_XL_RECIPES",
     "AWDLSTMRecipe",
+    "CompressiveRecipe",
     "History",
     "LanguageModel",
     "LanguageModelData",
@@ -43,5 +47,6 @@ __all__ = [
     "plot_losses",
     "read_option",
     "train_awd_lstm",
+    "train_compressive",
     "train_transformer_xl",
 ]

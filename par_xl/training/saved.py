@@ -10,10 +10,18 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from par_xl.data import ContiguousStreams, Vocabulary
-from par_xl.models import AWDLSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
+from par_xl.models import (
+    AWDLSTM,
+    AWDLSTMConfig,
+    CompressiveConfig,
+    CompressiveTransformer,
+    TransformerXL,
+    TransformerXLConfig,
+)
 
 ARCHITECTURES: dict[str, tuple[type[nn.Module], type]] = {
     "awd-lstm": (AWDLSTM, AWDLSTMConfig),
+    "compressive": (CompressiveTransformer, CompressiveConfig),
     "transformer-xl": (TransformerXL, TransformerXLConfig),
 }
 

@@ -1,0 +1,177 @@
+"""Recipes for the Compressive Transformer, and a run by one of them."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from par_xl.data import Corpus
+from par_xl.models import CompressiveConfig, CompressiveTransformer
+from par_xl.nn.attention_received import attention_received
+from par_xl.training.fit import Recipe, fit
+from par_xl.training.history import History
+
+
+@dataclass
+class CompressiveRecipe(Recipe):
+    """A recipe with the model's options, fields of :class:`CompressiveConfig`.
+
+    ``clip`` holds for the gradients of the task and of the compressors apart: their common norm would couple the losses.
+    """
+
+    config_class: ClassVar[type] = CompressiveConfig
+
+
+_SMALL = CompressiveRecipe(
+    epochs=4,
+    batch_size=16,
+    bptt=32,
+    lr=2e-3,
+    schedule="one-cycle",
+    clip=0.1,
+    model=dict(
+        n_layer=2, n_head=4, d_model=64, d_head=16, d_inner=128, dropout=0.1, mem_len=32, compressed_len=32, rate=4
+    ),
+)
+_MEDIUM = dict(n_layer=6, n_head=8, d_model=256, d_head=32, d_inner=1024, dropout=0.2, dropatt=0.1)
+COMPRESSIVE_RECIPES = {
+    "human-numbers": _SMALL,
+    "wikitext-2": replace(
+        _SMALL,
+        epochs=10,
+        batch_size=8,
+        bptt=128,
+        lr=5e-4,
+        model=dict(
+            **_MEDIUM,
+            mem_len=128,
+            compressed_len=128,
+            rate=4,
+            cutoffs=(2000, 10000),
+            div_val=2,
+            tie_projs=(False, True, True),
+        ),
+    ),
+    # Text as bytes ("bytes:FOLDER"), with the paper's rate for enwik8
+    "bytes": replace(
+        _SMALL,
+        epochs=1,
+        batch_size=8,
+        bptt=192,
+        lr=5e-4,
+        model=dict(**_MEDIUM, mem_len=192, compressed_len=288, rate=3),
+    ),
+}
+
+
+def train_compressive(
+    corpus: Corpus, recipe: CompressiveRecipe, out: str | Path, **options: Any
+) -> tuple[CompressiveTransformer, History]:
+    """Seed, build and train; ``options`` are those of :func:`fit`. Leaves ``compression.png`` in ``out`` too.
+
+    Raises:
+        ValueError: ``compression_loss="bptt"``, which needs losses over several segments at once.
+    """
+    if recipe.model.get("compression_loss") == "bptt":
+        raise ValueError("a run has a backward for each segment, which compression_loss bptt cannot learn from")
+    L.seed_everything(recipe.seed, verbose=False)
+    model = CompressiveTransformer(CompressiveConfig(vocab_size=len(corpus.vocabulary), **recipe.model))
+    statistics = CompressionStatistics(Path(out) / "compression.png")
+    callbacks = [ClipApart(recipe.clip), statistics]
+    return model, fit(model, corpus, replace(recipe, clip=0.0), out, callbacks=callbacks, **options)
+
+
+class ClipApart(L.Callback):
+    """Clips the gradient of the task and that of the compressors to ``norm`` each; 0 does not clip."""
+
+    def __init__(self, norm: float):
+        self.norm = norm
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if not self.norm:
+            return
+        compression = list(pl_module.model.compression_parameters())  # type: ignore[union-attr, operator]
+        own = {id(p) for p in compression}
+        for group in (compression, [p for p in pl_module.parameters() if id(p) not in own]):
+            nn.utils.clip_grad_norm_(group, self.norm)
+
+
+def attention_shares(model: CompressiveTransformer, tokens: Tensor, memory: Any) -> list[list[float]]:
+    """Of each layer with a memory, the shares of its attention that compressed, memory and segment receive."""
+    shares: list[list[float]] = []
+    compressed = [n for _, n, _ in memory]
+
+    def measure(attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        mems, n = kwargs["mems"], compressed[len(shares)]
+        received = attention_received(attention, *args, mems=mems).mean(0) / args[0].shape[1]
+        ends = [n, 0 if mems is None else mems.shape[1]]
+        shares.append([float(part.sum()) for part in received.tensor_split(ends)])
+
+    layers = [model.layers[i].dec_attn for i in model.memory_layers]
+    hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers]
+    try:
+        with torch.no_grad():
+            model(tokens, memory=memory)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shares
+
+
+class CompressionStatistics(L.Callback):
+    """What the paper plots: the compression loss of each layer during training, and the shares of attention at its end."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.losses: list[tuple[int, list[float]]] = []
+        self._batch: tuple[Tensor, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.losses = state_dict["losses"]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        def remember(model: nn.Module, args: tuple, output: Any) -> None:
+            if not model.training:
+                return
+            self._batch = args[0], output.memory
+            if trainer.global_step % trainer.log_every_n_steps == 0 and output.compression_losses is not None:  # type: ignore[attr-defined]
+                self.losses.append((trainer.global_step, output.compression_losses.tolist()))
+
+        pl_module.model.register_forward_hook(remember)  # type: ignore[union-attr]
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero or self._batch is None:
+            return
+        model = pl_module.model
+        training = model.training
+        shares = attention_shares(model.eval(), *self._batch)  # type: ignore[arg-type, operator]
+        model.train(training)  # type: ignore[operator]
+        plot_compression(self.losses, shares, self.path)
+
+
+def plot_compression(losses: list[tuple[int, list[float]]], shares: list[list[float]], path: Path) -> None:
+    """Compression losses by step and layer, and stacked shares of attention by layer, into one PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i in range(len(shares)):
+        left.plot([step for step, _ in losses], [layers[i] for _, layers in losses], label=f"layer {i}")
+    left.set(xlabel="step", ylabel="compression loss")
+    base = [0.0] * len(shares)
+    for part, name in enumerate(("compressed", "memory", "segment")):
+        heights = [share[part] for share in shares]
+        right.bar(range(len(shares)), heights, bottom=base, label=name)
+        base = [b + h for b, h in zip(base, heights, strict=True)]
+    right.set(xlabel="layer", ylabel="share of attention received", ylim=(0, 1))
+    for axes in (left, right):
+        axes.legend()
+    figure.savefig(path, dpi=120)
