@@ -19,7 +19,7 @@ from par_xl.training.history import History
 class CompressiveRecipe(Recipe):
     """A recipe with the model's options, fields of :class:`CompressiveConfig`.
 
-    ``clip`` holds for the gradients of the task and of the compressors apart: their common norm would couple the losses.
+    ``clip`` holds for the gradients of the task and of the compressors apart: a common norm would couple the losses.
     """
 
     config_class: ClassVar[type] = CompressiveConfig
@@ -124,7 +124,7 @@ def attention_shares(model: CompressiveTransformer, tokens: Tensor, memory: Any)
 
 
 class CompressionStatistics(L.Callback):
-    """What the paper plots: the compression loss of each layer during training, and the shares of attention at its end."""
+    """What the paper plots: each layer's compression loss during training, and the shares of attention at its end."""
 
     def __init__(self, path: Path):
         self.path = path
