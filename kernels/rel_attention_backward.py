@@ -5,9 +5,10 @@ Two kernels recompute the weights, see rel_attention.py for the layout of a tile
     dS = P * (grad v^T - delta),  dq = scale * (dS k + dBD r)
 
 where dBD is dS moved back to the columns p of r. Per row that is a rotation, whose columns belong to this tile's left
-rows of r or to its right ones, which are the next tile's left: a block of N columns is complete when it comes as left. It goes to a scratch (heads, sequences, queries, positions), from which the vendor's product makes
-dr = dBD^T (q + position_bias), and those of dq; heads, sequences and queries take turns in it. The other kernel owns
-keys and walks over queries, on transposed tiles: dk = dS^T (q + content_bias), dv = P^T grad.
+rows of r or to its right ones, which are the next tile's left: a block of N columns is complete when it comes as left.
+It goes to a scratch (heads, sequences, queries, positions), from which the vendor's product makes dr = dBD^T (q +
+position_bias), and those of dq; heads, sequences and queries take turns in it. The other kernel owns keys and walks
+over queries, on transposed tiles: dk = dS^T (q + content_bias), dv = P^T grad.
 """
 
 import itertools
