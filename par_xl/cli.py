@@ -108,7 +108,8 @@ def train_awd_lstm(
         "tokens_per_second": history.tokens_per_second,
         "seconds": round(history.seconds, 1),
     }
-    _write_record(out / "result.json", {"model": asdict(model.config), "recipe": asdict(settings), "result": result})
+    recipe_used = {key: value for key, value in asdict(settings).items() if key != "model"}
+    _write_record(out / "result.json", {"model": asdict(model.config), "recipe": recipe_used, "result": result})
     table = Table(*result)
     table.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for value in result.values()))
     console.print(table)
