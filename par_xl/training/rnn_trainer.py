@@ -26,8 +26,9 @@ class RNNTrainer(L.Callback):
     - Adds ``alpha * mean(dropped^2) + beta * mean((raw[:, 1:] - raw[:, :-1])^2)`` of the last layer
       (:func:`par_xl.ar_tar_loss`) to the loss before the backward, in training only, and logs it as ``ar_tar``. The
       loss that ``training_step`` logged stays the cross-entropy.
-    - Scales the learning rate of each optimiser step by ``T / bptt``, T being the length of the batch's window, so that
-      short windows, whose mean loss weighs a token more, do not. Schedulers see the rate unscaled.
+    - Scales the learning rate of each optimiser step by ``T / bptt``: a token then counts the same in a short window,
+      whose mean loss weighs it more. T is the batch's real length (awd-lstm-lm takes the drawn one even for an epoch's
+      last window, which the data cuts short). Schedulers see the rate unscaled.
 
     Args:
         bptt: the window length for which the learning rate is meant; batches are ``(tokens (B, T), ...)``.
