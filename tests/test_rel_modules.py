@@ -367,3 +367,19 @@ def test_accelerate_swaps_a_shared_module_once_and_keeps_modes():
     swapped = par_xl.accelerate(model)
     assert list(swapped) == ["0", "1"] and model[0] is model[1] and not model[0].training and model[2].training
     assert par_xl.accelerate(nn.Sequential(nn.Linear(2, 2))) == {}
+
+
+def test_accelerate_swaps_torchs_adaptive_softmax():
+    theirs = nn.Sequential(nn.AdaptiveLogSoftmaxWithLoss(D_MODEL, 30, [6, 15], 2.0, head_bias=True)).double()
+    ours = copy.deepcopy(theirs)
+    parameters = dict(ours.named_parameters())
+    swapped = par_xl.accelerate(ours)
+    assert list(swapped) == ["0"] and type(swapped["0"]) is par_xl.nn.AdaptiveLogSoftmaxWithLoss
+    after = dict(ours.named_parameters())
+    assert list(after) == list(parameters) and all(after[name] is x for name, x in parameters.items())
+    x, target = torch.randn(20, D_MODEL, dtype=torch.float64), torch.randint(30, (20,))
+    results = [module[0](x, target) for module in (ours, theirs)]
+    torch.testing.assert_close(results[0].output, results[1].output)
+    grads = [torch.autograd.grad(r.loss, list(m.parameters())) for r, m in zip(results, (ours, theirs), strict=True)]
+    torch.testing.assert_close(*grads)
+    assert par_xl.accelerate(ours) == {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from par_xl.nn.adaptive_softmax import AdaptiveLogSoftmaxWithLoss
 from par_xl.nn.rel_attention import RelPartialLearnableMultiHeadAttn, Window, band
 
 
@@ -15,9 +16,9 @@ def accelerate(module: nn.Module) -> dict[str, nn.Module]:
     """Swap, in place, every submodule that this library knows for its fused twin, which shares its parameters.
 
     Known are, by class name and parts: ``RelPartialLearnableMultiHeadAttn`` of kimiyoung/transformer-xl, of NVIDIA's
-    Transformer-XL and of Hugging Face's ``transfo_xl``. A twin is called as the original is. The parameters, their
-    names and their order stay, so that optimizers and checkpoints go on; so does the training mode. Forward hooks of a
-    swapped module are lost.
+    Transformer-XL and of Hugging Face's ``transfo_xl``; and ``torch.nn.AdaptiveLogSoftmaxWithLoss``. A twin is called
+    as the original is. The parameters, their names and their order stay, so that optimizers and checkpoints go on; so
+    does the training mode. Forward hooks of a swapped module are lost.
 
         swapped = par_xl.accelerate(model)      # {"layers.0.dec_attn": ..., ...}; empty: nothing was known
 
@@ -105,7 +106,17 @@ def _rel_partial_learnable(module: nn.Module) -> nn.Module | None:
     return twin
 
 
-TWINS: list[Callable[[nn.Module], nn.Module | None]] = [_rel_partial_learnable]
+def _adaptive_log_softmax(module: nn.Module) -> nn.Module | None:
+    if type(module) is not nn.AdaptiveLogSoftmaxWithLoss:
+        return None
+    sizes = module.in_features, module.n_classes, module.cutoffs[:-1], module.div_value, module.head_bias
+    with torch.device("meta"):
+        twin = AdaptiveLogSoftmaxWithLoss(*sizes)
+    twin.head, twin.tail = module.head, module.tail
+    return twin
+
+
+TWINS: list[Callable[[nn.Module], nn.Module | None]] = [_rel_partial_learnable, _adaptive_log_softmax]
 
 # The window of a mask that was looked at, and the mask's version then.
 _windows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
