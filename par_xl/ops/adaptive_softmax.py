@@ -292,8 +292,8 @@ def adaptive_nll(
         reduction: "none", "sum", or "mean" over the tokens that are not ignored.
         label_smoothing: weight of the uniform distribution, within the head and within the token's tail.
         z_loss: weight of ``lse^2``, of the head and of the token's tail.
-        workspace: bytes of logits at a time; default 256 MB on a GPU, 28 MB on the CPU. At 0 the Triton backend keeps
-            no logits in memory at all.
+        workspace: bytes of logits at a time; default 256 MB on a GPU, 28 MB on the CPU (there at least 16 rows). At 0
+            the Triton backend keeps no logits in memory at all.
         backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose.
 
     Returns:

@@ -62,7 +62,7 @@ class _Part:
         self.columns, self.count = ends[-1], len(column) if tokens is None else len(tokens)
         # A row of z starts at a multiple of 64 bytes: a product with other rows runs at two thirds of the speed.
         self.stride = -(-self.columns // 16) * 16
-        most = max(1, workspace // (self.stride * wide.itemsize))
+        most = max(16, workspace // (self.stride * wide.itemsize))  # fewer would be no matrix product
         self.rows = -(-self.count // max(1, -(-self.count // most)))  # of a block; a last one of a few would be slow
         self.bias = None
         if any(b is not None for b in softmax.biases):
