@@ -112,8 +112,8 @@ def train(
         "tokens_per_second": history.tokens_per_second,
         "seconds": round(history.seconds, 1),
     }
-    options = {key: value for key, value in asdict(settings).items() if key != "model"}
-    described = {"architecture": architecture, "model": asdict(model.config), "recipe": options}
+    used = {key: value for key, value in asdict(settings).items() if key != "model"}
+    described = {"architecture": architecture, "model": asdict(model.config), "recipe": used}
     _write_record(out / "result.json", {**described, "result": result})
     _show(result)
     console.print(f"weights, losses.png, result.json and TensorBoard's events are in {out}", highlight=False)
