@@ -79,8 +79,8 @@ def load_corpus(source: str | os.PathLike, *, cache_dir: str | os.PathLike | Non
     A folder's files are UTF-8 with one paragraph to a line; words are what white space separates, every line ends in
     ``<eos>``, and the vocabulary is that of the train split. ``test`` may be missing. The encoded corpus is kept in
     ``cache_dir`` (default: ``$PAR_XL_CACHE``, or else ``$XDG_CACHE_HOME/par_xl`` or ``~/.cache/par_xl``) under the hash
-    of the files' content. ``bytes:FOLDER`` reads the same files as bytes, which are the 256 words. ``human-numbers`` has
-    no ``<eos>`` and no test split; its first 80 % are the train split.
+    of the files' content. ``bytes:FOLDER`` reads the same files as bytes, the 256 words. ``human-numbers`` has no
+    ``<eos>`` and no test split; its first 80 % are the train split.
 
     Raises:
         FileNotFoundError: the folder, or its train or valid file, is missing.

@@ -125,11 +125,13 @@ class CompressiveTransformer(TransformerXL):
             n_keys = n_rows + tokens.shape[1]
             if n_keys not in positions:
                 positions[n_keys] = self.positions(n_keys, x.dtype)
-            relative = positions[n_keys][i][1]
+            relative: Any = positions[n_keys][i][1]
             if i in by_layer:
                 inputs.append(x)
                 counts = self.config.compression == "most_used"
-                received = attention_received(layer.dec_attn, x, *relative, mems=mems) if counts else None
+                received = None
+                if counts:
+                    received = attention_received(layer.dec_attn, x, *relative, mems=mems)  # type: ignore[misc]
                 usages.append(None if received is None else received[:, by_layer[i].compressed :])
             x = layer(x, *relative, mems=mems)
         return self.drop(x), inputs, usages
@@ -138,7 +140,8 @@ class CompressiveTransformer(TransformerXL):
         self, states: list[MemoryState], inputs: list[Tensor], usages: list[Tensor | None]
     ) -> tuple[list[MemoryState], list[Evicted]]:
         c = self.config
-        options = dict(memory_length=c.mem_len, compressed_length=c.compressed_len, bptt=c.compression_loss == "bptt")
+        options: dict[str, Any] = dict(memory_length=c.mem_len, compressed_length=c.compressed_len)
+        options["bptt"] = c.compression_loss == "bptt"
         by_layer = zip(states, inputs, self.compressors, usages, strict=True)
         pairs = [advance(state, x, f, usage=usage, **options) for state, x, f, usage in by_layer]
         return [after for after, _ in pairs], [evicted for _, evicted in pairs]
@@ -155,15 +158,15 @@ class CompressiveTransformer(TransformerXL):
         if attention.pre_lnorm:
             options = norm.normalized_shape, norm.weight.detach(), norm.bias.detach(), norm.eps
             hidden, old, compressed = (F.layer_norm(x, *options) for x in (hidden.detach(), old, compressed))
-        weights = attention.qkv_net.weight.chunk(3)
-        return attention_reconstruction_loss(hidden, old, compressed, *weights, attention.n_head)
+        query, key, value = attention.qkv_net.weight.chunk(3)
+        return attention_reconstruction_loss(hidden, old, compressed, query, key, value, attention.n_head)
 
     @staticmethod
     def detach(memory: Memory) -> Memory:
         """The memory as constants, where back-propagation through time ends."""
         return [(rows.detach(), compressed, usage) for rows, compressed, usage in memory]
 
-    generate = compressive_generation.generate
+    generate = compressive_generation.generate  # type: ignore[assignment]
 
     @classmethod
     def _loaded(cls, config: Any, state_dict: Mapping[str, Tensor]) -> "CompressiveTransformer":

@@ -36,7 +36,8 @@ class SegmentDecoder:
         self.rows: list[Any] = []  # each layer's projected positions, farthest first, and biases
         for i, (layer, x) in enumerate(zip(model.layers, rows, strict=True)):
             limit = x.shape[1] + self.segment_length
-            self.caches.append(KeyValueCache(*layer.dec_attn.keys_values(x), limit))
+            k, v = layer.dec_attn.keys_values(x)
+            self.caches.append(KeyValueCache(k, v, limit))
             self.rows.append(layer.dec_attn.prepare(*model.positions(limit, x.dtype)[i][1]))
 
     @torch.no_grad()

@@ -12,14 +12,11 @@ Rae et al.: Compressive Transformers for Long-Range Sequence Modelling (arXiv 19
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-def _constant(x: Tensor | None, stop: bool) -> Tensor | None:
-    return x.detach() if stop and x is not None else x
 
 
 def attention_reconstruction_loss(
@@ -63,7 +60,7 @@ def attention_reconstruction_loss(
     """
     if compressed.shape[1] == 0:
         return compressed.sum()
-    hidden, old = _constant(hidden, stop_hidden), _constant(old, stop_old)
+    hidden, old = (x.detach() if stop else x for x, stop in ((hidden, stop_hidden), (old, stop_old)))
 
     def heads(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight.detach() if stop_weights else weight).unflatten(2, (n_heads, -1)).transpose(1, 2)
@@ -132,16 +129,13 @@ class AttentionReconstructionLoss(nn.Module):
     ):
         super().__init__()
         self.n_heads = n_heads
-        self.options = dict(scale=scale, reduction=reduction)
-        self.stops = dict(stop_hidden=stop_hidden, stop_old=stop_old, stop_weights=stop_weights)
+        self.options: dict[str, Any] = dict(scale=scale, reduction=reduction)
+        self.options |= dict(stop_hidden=stop_hidden, stop_old=stop_old, stop_weights=stop_weights)
 
     def forward(
         self, hidden: Tensor, old: Tensor, compressed: Tensor, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        weights = query, key, value
-        return attention_reconstruction_loss(
-            hidden, old, compressed, *weights, self.n_heads, **self.options, **self.stops
-        )
+        return attention_reconstruction_loss(hidden, old, compressed, query, key, value, self.n_heads, **self.options)
 
 
 class AutoEncodingLoss(nn.Module):
@@ -153,5 +147,5 @@ class AutoEncodingLoss(nn.Module):
         self.stop_old, self.reduction = stop_old, reduction
 
     def forward(self, old: Tensor, compressed: Tensor) -> Tensor:
-        options = dict(stop_old=self.stop_old, reduction=self.reduction)
-        return auto_encoding_loss(old, compressed, self.decoder.weight, **options)
+        weight = self.decoder.weight
+        return auto_encoding_loss(old, compressed, weight, stop_old=self.stop_old, reduction=self.reduction)

@@ -213,7 +213,8 @@ def update_memory(
     if chosen == "eager":
         new = update_reference(state, hidden, fresh, sizes, rate, mode)
         return new if out is None else out.copy_(new), sizes.new_compressed
-    state, hidden, fresh = (x if x is None or x.stride(2) == 1 else x.contiguous() for x in (state, hidden, fresh))
+    state, hidden = (x if x.stride(2) == 1 else x.contiguous() for x in (state, hidden))
+    fresh = fresh if fresh is None or fresh.stride(2) == 1 else fresh.contiguous()
     if out is None:
         return UpdateMemory.apply(state, hidden, fresh, sizes, rate, mode, chosen), sizes.new_compressed
     UPDATE(out, state, hidden, fresh, sizes, rate, mode, chosen)

@@ -106,9 +106,10 @@ def attention_shares(model: CompressiveTransformer, tokens: Tensor, memory: Any)
     shares: list[list[float]] = []
     compressed = [n for _, n, _ in memory]
 
-    def measure(attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def measure(attention: Any, args: Any, kwargs: dict[str, Any]) -> None:
         mems, n = kwargs["mems"], compressed[len(shares)]
-        received = attention_received(attention, *args, mems=mems).mean(0) / args[0].shape[1]
+        received = attention_received(attention, *args, mems=mems)  # type: ignore[misc]
+        received = received.mean(0) / args[0].shape[1]
         ends = [n, 0 if mems is None else mems.shape[1]]
         shares.append([float(part.sum()) for part in received.tensor_split(ends)])
 
@@ -150,10 +151,10 @@ class CompressionStatistics(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero or self._batch is None:
             return
-        model = pl_module.model
+        model: Any = pl_module.model
         training = model.training
-        shares = attention_shares(model.eval(), *self._batch)  # type: ignore[arg-type, operator]
-        model.train(training)  # type: ignore[operator]
+        shares = attention_shares(model.eval(), *self._batch)
+        model.train(training)
         plot_compression(self.losses, shares, self.path)
 
 
