@@ -23,12 +23,42 @@ BACKENDS = ("eager", "auto")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _ar_tar(randn: Callable[..., torch.Tensor]) -> dict[str, Any]:
+Randn = Callable[..., torch.Tensor]
+
+
+def _ar_tar(randn: Randn) -> dict[str, Any]:
     return {"output": randn(16, 70, 400), "raw_output": randn(16, 70, 400)}
 
 
-# Public function and an input for every op, by the op's stem.
-OPS: dict[str, tuple[Callable, Case]] = {"ar_tar": (par_xl.ar_tar_loss, _ar_tar)}
+def _rel_attention(randn: Randn) -> dict[str, Any]:
+    q, k, v, k_memory, v_memory = (randn(2, 4, 64, 32) for _ in range(5))
+    return {"q": q, "k": k, "v": v, "r": randn(4, 128, 32), "memory": (k_memory, v_memory)}
+
+
+def _adaptive_nll(randn: Randn) -> dict[str, Any]:
+    target = torch.arange(256) * 31 % 1000
+    weights = [randn(102, 64), randn(400, 16), randn(500, 4)]
+    projections = [None, randn(16, 64), randn(4, 64)]
+    return dict(input=randn(256, 64), target=target, weights=weights, cutoffs=[100, 500], projections=projections)
+
+
+def _compress(randn: Randn) -> dict[str, Any]:
+    return {"memory": randn(4, 128, 256), "rate": 4, "mode": "mean"}
+
+
+def _update_memory(randn: Randn) -> dict[str, Any]:
+    lengths = {"compressed": 32, "compressed_length": 32, "memory_length": 64, "rate": 4}
+    return {"state": randn(4, 96, 256), "hidden": randn(4, 64, 256), **lengths}
+
+
+# Public function and an input for every op, by the name of its registered ops.
+OPS: dict[str, tuple[Callable, Case]] = {
+    "ar_tar": (par_xl.ar_tar_loss, _ar_tar),
+    "rel_attention": (par_xl.rel_attention, _rel_attention),
+    "adaptive_nll": (par_xl.adaptive_nll, _adaptive_nll),
+    "compress": (par_xl.compress, _compress),
+    "memory_update": (par_xl.update_memory, _update_memory),
+}
 
 
 def check_ops() -> Table:
