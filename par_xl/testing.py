@@ -165,6 +165,7 @@ class OpChecks:
         cases, gradcheck_cases: name -> case; the second ones are tiny.
         dtypes: the dtypes that the kernels take.
         bad_input: name -> (arguments that replace those of the first case, exception, part of its message).
+        open_failures: test id -> why it fails; printed with every run until it is mended.
     """
 
     ops: tuple[str, ...]
@@ -172,6 +173,7 @@ class OpChecks:
     cases: dict[str, Case]
     gradcheck_cases: dict[str, Case]
     bad_input: dict[str, tuple[Inputs, type[Exception], str]]
+    open_failures: dict[str, str] = {}
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
     def first_case(self, dtype: torch.dtype, device: str) -> Inputs:
