@@ -5,8 +5,6 @@ pytest benchmarks/bench_ar_tar.py --results benchmarks/results      # par-xl ben
 
 import datetime
 import json
-import os
-import platform
 import re
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import pytest
 import torch
 from timing import ceilings, compare, cpu_seconds, gpu_seconds, peak_megabytes
 
-import par_xl
+from par_xl.environment import device_name, versions
 
 GPU = torch.cuda.is_available()
 
@@ -24,27 +22,8 @@ def pytest_addoption(parser):
     parser.addoption("--seconds", type=float, default=1.0, help="time for each candidate of each case")
 
 
-def device_name():
-    if GPU:
-        return torch.cuda.get_device_name()
-    model = (
-        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        if os.path.exists("/proc/cpuinfo")
-        else None
-    )
-    return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def machine():
-    import triton
-
-    versions = {"par_xl": par_xl.__version__, "torch": torch.__version__, "triton": triton.__version__}
-    return {
-        "device": device_name(),
-        "date": datetime.date.today().isoformat(),
-        **versions,
-        "python": platform.python_version(),
-    }
+    return {"device": device_name(), "date": datetime.date.today().isoformat(), **versions()}
 
 
 @pytest.fixture(scope="session")
