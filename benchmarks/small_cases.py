@@ -16,6 +16,10 @@ for path in sorted(TESTS.glob("test_*.py")):
     for checks in vars(module).values():
         if isinstance(checks, type) and issubclass(checks, OpChecks) and checks.__module__ == path.stem:
             for backend in ("native", "triton"):
-                run(checks().on(backend), checks().first_case(torch.float16, "cuda"))
+                try:
+                    run(checks().on(backend), checks().first_case(torch.float16, "cuda"))
+                except ValueError as lacking:  # an op without kernels for this backend
+                    print(checks.__name__, backend, lacking)
+                    continue
                 torch.cuda.synchronize()
                 print(checks.__name__, backend)
