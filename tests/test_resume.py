@@ -89,6 +89,15 @@ def test_resuming_from_the_end_of_an_epoch(uninterrupted, corpus, tmp_path):
     assert_same_parameters(model, expected, rtol=0, atol=0)
 
 
+@pytest.fixture
+def default_interrupt():
+    """Ctrl-C as in a program: pytest-xdist's workers ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_interrupt")
 def test_a_second_interrupt_stops_at_once(corpus, tmp_path):
     class Twice(L.Callback):
         def on_before_backward(self, *_):
