@@ -549,7 +549,8 @@ def sort(target, options):
     tails, n = len(options.ends) - 1, len(target)
     head, tail, order = torch.empty_like(target), torch.empty_like(target), torch.zeros_like(target)
     offsets = target.new_empty(tails + 1, dtype=torch.int32)
-    ends = torch.tensor([*options.ends, options.ends[-1]]).to(target.device, non_blocking=True)
+    # Filled on the device: a copy from the host would make it wait, and a CUDA graph would read freed memory.
+    ends = torch.cat([target.new_full((1,), end) for end in (*options.ends, options.ends[-1])])
     _sort[(max(tails, 1),)](
         target,
         ends,
@@ -576,7 +577,7 @@ def run(grad, x, target, softmaxes, gradients, nll, dx, options):
         # dz keeps its digits in fp16 at a size of 1; the gradients, in fp32, take the rest.
         scale = grad.abs().amax().clamp(min=1e-30) if n else None
         grad = grad if scale is None else grad / scale
-    all_tokens, everything = torch.arange(n, device=x.device), offsets.new_tensor([0, n])
+    all_tokens, everything = torch.arange(n, device=x.device), n * torch.arange(2, dtype=offsets.dtype, device=x.device)
     for i, (softmax, gradient) in enumerate(zip(softmaxes, gradients, strict=True)):
         rows = (all_tokens, everything, head) if i == 0 else (order, offsets[i - 1 :], tail)
         part = _Softmax(softmax, gradient, *rows, acc, options.workspace)

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int64_t WANTED_THREADS = 1 << 18;  // about one full wave of a large GPU
+constexpr int64_t MOST_STRIPS = 65535;       // a grid's second dimension ends there
 constexpr int UNROLL = 4;                    // steps whose loads are in flight together
 
 // How a problem is cut: `lanes` column vectors over all sequences, each cut in `strips` of `length` steps.
@@ -18,6 +19,7 @@ struct Cut {
         lanes = p.batch * vectors;
         int64_t most = ceil_div(p.steps, UNROLL);
         int64_t wanted = ceil_div(WANTED_THREADS, lanes > 0 ? lanes : 1);
+        wanted = wanted < MOST_STRIPS ? wanted : MOST_STRIPS;
         length = ceil_div(p.steps, wanted < most ? wanted : (most > 0 ? most : 1));
         strips = length > 0 ? ceil_div(p.steps, length) : 0;
     }
