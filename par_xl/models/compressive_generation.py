@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from par_xl.models.generation import KeyValueCache, _sample
+from par_xl.models.generation import KeyValueCache, continue_text
 from par_xl.nn.compressive_memory import MemoryState
 
 if TYPE_CHECKING:
@@ -85,19 +85,10 @@ def generate(
     Returns:
         int64 ``(B, T + n_tokens)``, the prompt included.
     """
-    if prompt.dim() != 2 or not prompt.shape[1]:
-        raise ValueError(f"prompt must have shape (B, T) with T > 0, not {tuple(prompt.shape)}")
-    if temperature < 0 or top_k < 0 or segment_length < 1:
-        raise ValueError(f"not negative: {temperature=}, {top_k=}; positive: {segment_length=}")
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            start = model.init_memory(len(prompt)) if memory is None else memory
-            decoder, text = SegmentDecoder(model, start, segment_length), [prompt]
-            for _ in range(n_tokens):
-                log_prob = model.log_prob(decoder.step(text[-1])[:, -1:])[:, 0]
-                text.append(_sample(log_prob, temperature, top_k, generator))
-    finally:
-        model.train(training)
-    return torch.cat(text, 1)
+    if segment_length < 1:
+        raise ValueError(f"segment_length must be positive, not {segment_length}")
+
+    def start() -> SegmentDecoder:
+        return SegmentDecoder(model, model.init_memory(len(prompt)) if memory is None else memory, segment_length)
+
+    return continue_text(model, start, prompt, n_tokens, temperature, top_k, generator)

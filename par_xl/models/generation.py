@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,19 @@ def generate(
     Returns:
         int64 ``(B, T + n_tokens)``, the prompt included.
     """
+
+    def start() -> Decoder:
+        return Decoder(model, model.init_memory(len(prompt)) if memory is None else memory)
+
+    return continue_text(model, start, prompt, n_tokens, temperature, top_k, generator)
+
+
+@torch.no_grad()
+def continue_text(
+    model: TransformerXL, start: Callable[[], Any], prompt: Tensor, n_tokens: int, temperature: float, top_k: int,
+    generator: torch.Generator | None,
+) -> Tensor:  # fmt: skip
+    """What every ``generate`` does with the decoder that ``start`` makes once the model is in evaluation mode."""
     if prompt.dim() != 2 or not prompt.shape[1]:
         raise ValueError(f"prompt must have shape (B, T) with T > 0, not {tuple(prompt.shape)}")
     if temperature < 0 or top_k < 0:
@@ -128,8 +142,7 @@ def generate(
     training = model.training
     model.eval()
     try:
-        decoder = Decoder(model, model.init_memory(len(prompt)) if memory is None else memory)
-        text = [prompt]
+        decoder, text = start(), [prompt]
         for _ in range(n_tokens):
             log_prob = model.log_prob(decoder.step(text[-1])[:, -1:])[:, 0]
             text.append(_sample(log_prob, temperature, top_k, generator))
