@@ -4,6 +4,8 @@ from par_xl.models.awd_lstm import AWDLSTM, AWDLSTMConfig, AWDLSTMOutput
 from par_xl.models.compressive import CompressiveOutput, CompressiveTransformer
 from par_xl.models.compressive_config import CompressiveConfig
 from par_xl.models.output import ModelOutput
+from par_xl.models.par import ParSuperNet, ParTransformerXL
+from par_xl.models.par_config import ParConfig, par_pattern
 from par_xl.models.transformer_xl import TransformerXL
 from par_xl.models.transformer_xl_config import TransformerXLConfig
 
@@ -15,6 +17,10 @@ __all__ = [
     "CompressiveOutput",
     "CompressiveTransformer",
     "ModelOutput",
+    "ParConfig",
+    "ParSuperNet",
+    "ParTransformerXL",
     "TransformerXL",
     "TransformerXLConfig",
+    "par_pattern",
 ]

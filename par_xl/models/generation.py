@@ -69,7 +69,7 @@ class Decoder:
         self.caches: list[KeyValueCache] = []
         if model.config.attn_type in (0, 1):
             with torch.no_grad():
-                pairs = [layer.dec_attn.keys_values(x) for layer, x in zip(model.layers, memory, strict=True)]
+                pairs = [f.keys_values(x) for f, x in zip(self._attentions(), memory, strict=True)]
             self.caches = [KeyValueCache(k, v, model.config.mem_len) for k, v in pairs]
 
     @torch.no_grad()
@@ -81,20 +81,26 @@ class Decoder:
             return output.hidden
         model, n_keys = self.model, len(self.caches[0]) + tokens.shape[1]
         x = model.word_emb(tokens)
-        positions = zip(model.layers, self.caches, self._rows(n_keys, x.dtype), strict=True)
-        for layer, cache, (rows, *biases) in positions:
-            x, k, v = layer.dec_attn.attend(x, rows[:, -n_keys:], *biases, cache.read(), model.config.window)
-            cache.append(k, v)
-            x = layer.pos_ff(x)
+        states = iter(zip(self.caches, self._rows(n_keys, x.dtype), strict=True))
+        for layer in model.layers:
+            if layer.dec_attn is not None:
+                cache, (rows, *biases) = next(states)
+                x, k, v = layer.dec_attn.attend(x, rows[:, -n_keys:], *biases, cache.read(), model.config.window)
+                cache.append(k, v)
+            if layer.pos_ff is not None:
+                x = layer.pos_ff(x)
         return x
 
+    def _attentions(self) -> list:
+        return [layer.dec_attn for layer in self.model.layers if layer.dec_attn is not None]
+
     def _rows(self, n_keys: int, dtype: torch.dtype) -> list:
-        """Each layer's projected positions of at least ``n_keys`` distances, made once, and its biases."""
+        """Each attention's projected positions of at least ``n_keys`` distances, made once, and its biases."""
         if n_keys > self._n_positions:
             self._n_positions = max(n_keys, self.model.config.mem_len + 1)
-            relative = [args for _, args in self.model.positions(self._n_positions, dtype)]
+            by_layer = zip(self.model.layers, self.model.positions(self._n_positions, dtype), strict=True)
             self._positions = [
-                layer.dec_attn.prepare(*args) for layer, args in zip(self.model.layers, relative, strict=True)
+                layer.dec_attn.prepare(*args) for layer, (_, args) in by_layer if layer.dec_attn is not None
             ]
         return self._positions
 

@@ -1,6 +1,6 @@
 """Transformer-XL: Dai et al.: Attentive Language Models Beyond a Fixed-Length Context (arXiv 1901.02860)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -49,28 +49,34 @@ class PositionwiseFF(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention over memory and segment, then the feed-forward."""
+    """Attention over memory and segment, then the feed-forward; ``parts`` ("s", "f") says which of them there are."""
 
-    def __init__(self, config: TransformerXLConfig):
+    def __init__(self, config: TransformerXLConfig, parts: str = "sf"):
         super().__init__()
-        options: dict[str, Any] = {"untie_r": config.untie_r} if config.attn_type == 0 else {}
-        self.dec_attn = ATTENTION[config.attn_type](
-            config.n_head,
-            config.d_model,
-            config.d_head,
-            config.dropout,
-            config.dropatt,
-            pre_lnorm=config.pre_lnorm,
-            layer_norm_epsilon=config.layer_norm_epsilon,
-            **options,
-        )
-        self.pos_ff = PositionwiseFF(config)
+        self.dec_attn: Any = None
+        self.pos_ff: Any = None
+        if "s" in parts:
+            options: dict[str, Any] = {"untie_r": config.untie_r} if config.attn_type == 0 else {}
+            self.dec_attn = ATTENTION[config.attn_type](
+                config.n_head,
+                config.d_model,
+                config.d_head,
+                config.dropout,
+                config.dropatt,
+                pre_lnorm=config.pre_lnorm,
+                layer_norm_epsilon=config.layer_norm_epsilon,
+                **options,
+            )
+        if "f" in parts:
+            self.pos_ff = PositionwiseFF(config)
 
     def forward(
         self, x: Tensor, *positions: Tensor | None, mems: Tensor | None = None, window: Window | None = None
     ) -> Tensor:
         """``x (B, T, d)``, ``mems (B, M, d)`` and the attention's positions to ``(B, T, d)``."""
-        return self.pos_ff(self.dec_attn(x, *positions, mems=mems, window=window))
+        if self.dec_attn is not None:
+            x = self.dec_attn(x, *positions, mems=mems, window=window)
+        return x if self.pos_ff is None else self.pos_ff(x)
 
 
 class TransformerXL(nn.Module):
@@ -94,16 +100,18 @@ class TransformerXL(nn.Module):
         c = config
         self.word_emb = AdaptiveEmbedding(c.vocab_size, c.d_embed, c.d_model, c.cutoffs, c.div_val)
         self.drop = nn.Dropout(c.dropout)
-        self.layers: Any = nn.ModuleList(DecoderLayer(c) for _ in range(c.n_layer))
+        self.layers: Any = nn.ModuleList(self._make_layers())
+        self.n_memory_layers = sum(layer.dec_attn is not None for layer in self.layers)
         self.crit = ProjectedAdaptiveLogSoftmax(
             c.vocab_size, c.d_embed, c.d_model, c.cutoffs, c.div_val, **self._shared()
         )
         by_layer: tuple[int, ...] = () if c.attn_type == 0 else (c.n_layer,)
         self.r_w_bias: Any = None
         self.r_r_bias: Any = None
-        if c.attn_type == 1 or (c.attn_type == 0 and not c.untie_r):
+        shares_biases = c.attn_type == 0 and not c.untie_r and self.n_memory_layers > 0
+        if c.attn_type == 1 or shares_biases:
             self.r_w_bias = nn.Parameter(torch.empty(*by_layer, c.n_head, c.d_head))
-        if c.attn_type == 0 and not c.untie_r:
+        if shares_biases:
             self.r_r_bias = nn.Parameter(torch.empty(c.n_head, c.d_head))
         if c.attn_type == 1:
             self.r_emb = nn.Parameter(torch.empty(c.n_layer, c.max_klen, c.n_head, c.d_head))
@@ -111,6 +119,9 @@ class TransformerXL(nn.Module):
         elif c.attn_type == 3:
             self.r_emb = nn.Parameter(torch.empty(c.n_layer, c.max_klen, c.d_model))
         self._initialise()
+
+    def _make_layers(self) -> Iterable[DecoderLayer]:
+        return (DecoderLayer(self.config) for _ in range(self.config.n_layer))
 
     def _initialise(self) -> None:
         """Kimiyoung's: N(0, 0.02), layer norms N(1, 0.02), projections between widths N(0, 0.01), biases zero."""
@@ -142,11 +153,16 @@ class TransformerXL(nn.Module):
             raise ValueError(f"lengths are mem_len, ext_len, clamp_len and same_length, not {', '.join(unknown)}")
         self.config = replace(self.config, **lengths)
 
+    @property
+    def _table(self) -> Tensor:
+        """A weight that every model has, of its dtype and on its device."""
+        return self.word_emb.emb_layers[0].weight  # type: ignore[return-value]
+
     def init_memory(self, batch_size: int) -> Tensor:
         """The memory before the first token, ``(n_layer, B, 0 or mem_len, d)``; see ``config.memory_start``."""
-        c, like = self.config, self.layers[0].pos_ff.layer_norm.weight
+        c, like = self.config, self._table
         steps = c.mem_len if c.memory_start == "zeros" else 0
-        return torch.zeros(c.n_layer, batch_size, steps, c.d_model, dtype=like.dtype, device=like.device)
+        return torch.zeros(self.n_memory_layers, batch_size, steps, c.d_model, dtype=like.dtype, device=like.device)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, memory: Tensor | None = None) -> ModelOutput:
         """The hidden states, the loss and the next memory.
@@ -163,7 +179,7 @@ class TransformerXL(nn.Module):
             memory = self.init_memory(len(tokens))
         self._check(tokens, targets, memory)
         hidden, inputs = self._layers(tokens, memory)
-        output = ModelOutput(hidden=hidden, memory=self._next_memory(inputs, memory))
+        output = ModelOutput(hidden=hidden, memory=self._next_memory(inputs, memory, tokens.shape[1]))
         if targets is not None:
             output.hidden = hidden[:, tokens.shape[1] - targets.shape[1] :]
             output.nll = self.crit(output.hidden, targets)
@@ -175,31 +191,38 @@ class TransformerXL(nn.Module):
             raise ValueError(f"tokens must have shape (B, T) with T > 0, not {tuple(tokens.shape)}")
         if targets is not None and (targets.shape[:1] != tokens.shape[:1] or targets.shape[1] > tokens.shape[1]):
             raise ValueError(f"targets must have shape (B, T') with T' <= T, not {tuple(targets.shape)}")
-        wanted = (self.config.n_layer, len(tokens), memory.shape[-2], self.config.d_model)
+        wanted = (self.n_memory_layers, len(tokens), memory.shape[-2], self.config.d_model)
         if tuple(memory.shape) != wanted:
             raise ValueError(f"memory must have shape (n_layer, B, M, d) = {wanted}, not {tuple(memory.shape)}")
 
     def _layers(self, tokens: Tensor, memory: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The output and every layer's input."""
+        """The output, and the input of every layer with a memory."""
         n_memory, window = memory.shape[2], self.config.window
         x = self.drop(self.word_emb(tokens))
         positions = self.positions(n_memory + tokens.shape[1], x.dtype)
-        inputs = []
-        for layer, mems, (absolute, relative) in zip(self.layers, memory.unbind(0), positions, strict=True):
-            inputs.append(x)
+        memories, inputs = iter(memory.unbind(0)), []
+        for layer, (absolute, relative), options in zip(self.layers, positions, self._layer_options(), strict=True):
+            mems: Any = None
+            if layer.dec_attn is not None:
+                inputs.append(x)
+                mems = next(memories)
             if absolute is not None:
                 x, mems = x + absolute[n_memory:], mems + absolute[:n_memory]
-            given: dict[str, Any] = {"mems": mems if n_memory else None, "window": window}
+            given: dict[str, Any] = {"mems": mems if n_memory else None, "window": window, **options}
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, *relative, **given, use_reentrant=False)
             else:
                 x = layer(x, *relative, **given)
         return self.drop(x), inputs
 
+    def _layer_options(self) -> list[dict[str, Any]]:
+        """For each layer, what else this pass gives it."""
+        return [{}] * len(self.layers)
+
     def positions(self, n_keys: int, dtype: torch.dtype) -> list[LayerPositions]:
         """For each layer, the positions of ``n_keys`` keys, of which the last is at distance 0."""
         c = self.config
-        distance = distances(n_keys, self.layers[0].pos_ff.layer_norm.weight.device)
+        distance = distances(n_keys, self._table.device)
         if c.attn_type in (0, 2):
             waves = sinusoids(distance.clamp(max=c.clamp_len) if c.clamp_len else distance, c.d_model, dtype=dtype)
             waves = self.drop(waves)
@@ -214,13 +237,13 @@ class TransformerXL(nn.Module):
         return [(None, (table[rows], bias, by_row[rows])) for table, bias, by_row in by_layer]
 
     @torch.no_grad()
-    def _next_memory(self, inputs: list[Tensor], memory: Tensor) -> Tensor:
+    def _next_memory(self, inputs: list[Tensor], memory: Tensor, n_steps: int) -> Tensor:
         """The last ``mem_len`` of the steps before the segment's last ``ext_len``; of the old ones only what is short.
 
         Where the segment alone fills the memory (``mem_len <= T - ext_len``) the old one is not read at all.
         """
         n_layer, batch, n_memory, width = memory.shape
-        end = max(0, inputs[0].shape[1] - self.config.ext_len)
+        end = max(0, n_steps - self.config.ext_len)
         new = min(end, self.config.mem_len)
         old = min(n_memory, self.config.mem_len - new)
         after = torch.empty(n_layer, batch, old + new, width, dtype=memory.dtype, device=memory.device)

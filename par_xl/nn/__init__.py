@@ -17,6 +17,7 @@ from par_xl.nn.positions import sinusoids
 from par_xl.nn.regularization import ActivationRegularization
 from par_xl.nn.rel_attention import MultiHeadAttn, RelLearnableMultiHeadAttn, RelPartialLearnableMultiHeadAttn
 from par_xl.nn.rel_position_attention import RelPositionMultiHeadAttention
+from par_xl.nn.relaxed_one_hot import RelaxedOneHot
 
 __all__ = [
     "ActivationRegularization",
@@ -33,6 +34,7 @@ __all__ = [
     "RelLearnableMultiHeadAttn",
     "RelPartialLearnableMultiHeadAttn",
     "RelPositionMultiHeadAttention",
+    "RelaxedOneHot",
     "WeightDrop",
     "accelerate",
     "adaptive_cutoffs",
