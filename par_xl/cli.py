@@ -31,7 +31,7 @@ def main() -> None:
         sys.exit(2)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
-        if package not in ("lightning", "torchmetrics", "tensorboard", "matplotlib"):
+        if package not in ("lightning", "torchmetrics", "tensorboard", "matplotlib", "sentencepiece"):
             raise
         Console(stderr=True).print(f"{package} is not installed: pip install 'par_xl\\[train]'", highlight=False)
         sys.exit(2)
@@ -62,7 +62,9 @@ Options = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Another value for an option of the recipe or model."),
 ]
-Data = Annotated[str, typer.Option(help="human-numbers, or a folder with wiki.*.tokens or *.txt.")]
+Data = Annotated[
+    str, typer.Option(help="human-numbers, or a folder with wiki.*.tokens or *.txt; bytes:, pieces: before it.")
+]
 Backend = Annotated[str, typer.Option(help="eager, native, triton or auto.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a finished par-xl train.")]
 
@@ -144,9 +146,6 @@ def evaluate(
     corpus = load_corpus(data)
     if corpus.vocabulary.words != vocabulary.words:
         raise ValueError(f"{data} is not what {run} was trained on: its vocabulary is another one")
-    tokens = getattr(corpus, split, None) if split in ("train", "valid", "test") else None
-    if tokens is None:
-        raise ValueError(f"--split: {data} has no split {split!r}")
     chosen = {
         key: read_option(key, value, getattr(model.config, key, "")) for key, value in _parse_options(lengths).items()
     }
@@ -156,7 +155,7 @@ def evaluate(
         model.reset_lengths(**chosen)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     with par_xl.use_backend(backend):
-        result = evaluate(model, tokens, batch_size, bptt)
+        result = evaluate(model, corpus, split, batch_size, bptt)
     _write_record(run / f"eval-{split}.json", {"model": asdict(model.config), "result": result})
     _show(result)
 
@@ -164,10 +163,10 @@ def evaluate(
 @app.command(no_args_is_help=True)
 def generate(
     run: Run,
-    prompt: Annotated[str, typer.Option(help="Words to begin with, separated by spaces.")],
-    tokens: Annotated[int, typer.Option(help="How many words to add.")] = 50,
-    temperature: Annotated[float, typer.Option(help="0 always takes the most probable word.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from so many most probable words; 0: from all.")] = 0,
+    prompt: Annotated[str, typer.Option(help="The text to begin with.")],
+    tokens: Annotated[int, typer.Option(help="How many tokens to add.")] = 50,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many most probable tokens; 0: from all.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
 ) -> None:
     """Continue a text with a trained Transformer-XL."""
@@ -178,10 +177,10 @@ def generate(
     model, vocabulary = load_run(run)
     if not hasattr(model, "generate"):
         raise ValueError(f"{run} holds a {type(model).__name__}, which does not generate")
-    ids = vocabulary.encode(prompt.split()).long()[None]
+    ids = vocabulary.encode_text(prompt).long()[None]
     draws = torch.Generator().manual_seed(seed)
     text = model.generate(ids, tokens, temperature=temperature, top_k=top_k, generator=draws)
-    console.print(" ".join(vocabulary.decode(text[0])), markup=False, highlight=False)
+    console.print(vocabulary.decode_text(text[0]), markup=False, highlight=False)
 
 
 @app.command()

@@ -190,7 +190,7 @@ def test_transformer_xl_is_trained_evaluated_and_continues_a_text(command, tmp_p
 
     for arguments, complaint in [
         (("eval", run, "--data", "human-numbers"), "vocabulary"),
-        (("eval", run, "--data", data, "--split", "dev"), "no split 'dev'"),
+        (("eval", run, "--data", data, "--split", "dev"), "no dev split"),
         (("eval", run, "--data", data, "--set", "n_layer=3"), "n_layer"),
         (("eval", data, "--data", data), "result.json"),
         (("train", "gpt", "--data", data), "there is no architecture 'gpt'"),

@@ -123,4 +123,4 @@ def test_files_of_a_run(uninterrupted, corpus, tmp_path):
         assert_same_parameters(loaded, model, rtol=0, atol=0)
         assert loaded.decoder.weight is loaded.encoder.weight
     assert len(history.valid) == 1 and history.tokens == 4 * (1500 // 4)
-    assert set(history.valid[0]) == {"step", "val_loss", "val_perplexity", "val_accuracy"}
+    assert set(history.valid[0]) == {"step", "val_loss", "val_perplexity", "val_word_perplexity", "val_accuracy"}

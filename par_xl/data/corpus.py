@@ -2,89 +2,79 @@
 
 import hashlib
 import os
+import re
 import tempfile
-from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from par_xl.data.human_numbers import human_numbers
+from par_xl.data.vocabulary import EOS, ByteVocabulary, PieceVocabulary, Vocabulary
 
-EOS, UNK = "<eos>", "<unk>"
 SPLITS = ("train", "valid", "test")
-# Part of the cache's key: raise it when the encoding below changes.
-_CACHE_VERSION = 1
-
-
-class Vocabulary:
-    """Words by falling frequency, ties in alphabetical order, so that the ids below a cutoff are the frequent words.
-
-    Args:
-        words: the words by id. A word outside them encodes to ``<unk>`` if that is one of them, and is an error if not.
-    """
-
-    def __init__(self, words: Iterable[str]):
-        self.words = list(words)
-        self.ids = {word: i for i, word in enumerate(self.words)}
-
-    @classmethod
-    def from_tokens(cls, tokens: Iterable[str], *, unk: bool = True) -> "Vocabulary":
-        """Count ``tokens``; with ``unk``, ``<unk>`` is one of the words even if it is not one of the tokens."""
-        counts = Counter(tokens)
-        if unk:
-            counts[UNK] += 0
-        return cls(word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def encode(self, tokens: Iterable[str]) -> Tensor:
-        """The ids of ``tokens``, int32 of shape (N,).
-
-        Raises:
-            ValueError: a token is unknown and there is no ``<unk>``.
-        """
-        ids, unk = self.ids, self.ids.get(UNK)
-        try:
-            if unk is None:
-                encoded = array("i", (ids[token] for token in tokens))
-            else:
-                encoded = array("i", (ids.get(token, unk) for token in tokens))
-        except KeyError as error:
-            raise ValueError(f"the token {error} is not in the vocabulary, which has no {UNK}") from None
-        return torch.frombuffer(encoded, dtype=torch.int32) if encoded else torch.empty(0, dtype=torch.int32)
-
-    def decode(self, ids: Iterable[int] | Tensor) -> list[str]:
-        """The words of ``ids``, which is one-dimensional."""
-        return [self.words[i] for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+# Part of the cache's key: raise it when an encoding changes.
+_CACHE_VERSION = 2
+_PIECES = 12_000
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A vocabulary and the encoded splits, int32 of shape (N,); ``test`` is None where there is none."""
+    """A vocabulary and the encoded splits, int32 of shape (N,); ``test`` is None where there is none.
+
+    ``words`` has, for a split whose tokens are not words, the number of words that they stand for, ends of lines
+    included.
+    """
 
     vocabulary: Vocabulary
     train: Tensor
     valid: Tensor
     test: Tensor | None = None
+    words: dict[str, int] = field(default_factory=dict)
+
+    def split(self, name: str) -> Tensor:
+        """The tokens of a split by name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        tokens = getattr(self, name) if name in SPLITS else None
+        if tokens is None:
+            raise ValueError(f"the corpus has no {name} split")
+        return tokens
+
+    def tokens_per_word(self, split: str) -> float:
+        """How many tokens of a split stand for a word: a loss per token, times this, is the loss per word.
+
+        Losses per word can be compared between tokenizers, as long as all of them keep the text as it is.
+        """
+        tokens = self.split(split)
+        return len(tokens) / self.words.get(split, len(tokens))
 
 
 def load_corpus(source: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None) -> Corpus:
     """Load ``human-numbers``, or a folder with ``wiki.{train,valid,test}.tokens`` or ``{train,valid,test}.txt``.
 
-    A folder's files are UTF-8 with one paragraph to a line; words are what white space separates, every line ends in
-    ``<eos>``, and the vocabulary is that of the train split. ``test`` may be missing. The encoded corpus is kept in
-    ``cache_dir`` (default: ``$PAR_XL_CACHE``, or else ``$XDG_CACHE_HOME/par_xl`` or ``~/.cache/par_xl``) under the hash
-    of the files' content. ``bytes:FOLDER`` reads the same files as bytes, the 256 words. ``human-numbers`` has no
-    ``<eos>`` and no test split; its first 80 % are the train split.
+    A folder's files are UTF-8 with one paragraph to a line, and ``test`` may be missing. What is read of them:
+
+    - ``FOLDER``: words, that is what white space separates; every line ends in ``<eos>``, and the vocabulary is that of
+      the train split.
+    - ``bytes:FOLDER``: the 256 bytes.
+    - ``pieces:FOLDER``: the 12,000 pieces of a SentencePiece model learnt from the train split; every line ends in
+      ``<eos>``. ``pieces-4000:FOLDER`` has another number; ``lowercase-pieces:FOLDER`` folds case and compatible
+      characters first, as the published PAR Transformer-XL does, and is a text of its own to compare with.
+
+    The encoded corpus is kept in ``cache_dir`` (default: ``$PAR_XL_CACHE``, or else ``$XDG_CACHE_HOME/par_xl`` or
+    ``~/.cache/par_xl``) under the hash of the files' content. ``human-numbers`` has no ``<eos>`` and no test split; its
+    first 80 % are the train split.
 
     Raises:
         FileNotFoundError: the folder, or its train or valid file, is missing.
-        ValueError: a split has no words.
+        ModuleNotFoundError: pieces without the package sentencepiece.
+        ValueError: a split has no words, or there cannot be so many pieces.
     """
     if str(source) == "human-numbers":
         tokens = human_numbers()
@@ -94,12 +84,16 @@ def load_corpus(source: str | os.PathLike, *, cache_dir: str | os.PathLike | Non
 
     if str(source).startswith("bytes:"):
         return _bytes_of(_find_files(Path(str(source).removeprefix("bytes:"))))
-    files = _find_files(Path(source))
-    cached = _cache_path(files, Path(cache_dir) if cache_dir is not None else _default_cache_dir())
+    pieces = re.fullmatch(r"(lowercase-)?pieces(?:-(\d+))?:(.+)", str(source))
+    files = _find_files(Path(pieces[3] if pieces else source))
+    size, lowercase = (int(pieces[2] or _PIECES), bool(pieces[1])) if pieces else (0, False)
+    key = f"{size} pieces, {lowercase=}" if pieces else "words"
+    cached = _cache_path(files, key, Path(cache_dir) if cache_dir is not None else _default_cache_dir())
     if not cached.exists():
-        _write_atomically(cached, _encode_files(files))
+        _write_atomically(cached, _encode_pieces(files, size, lowercase) if pieces else _encode_words(files))
     loaded = torch.load(cached, weights_only=True)
-    return Corpus(Vocabulary(loaded.pop("words")), **loaded)
+    words, model = loaded.pop("vocabulary"), loaded.pop("model", None)
+    return Corpus(PieceVocabulary(words, model) if pieces else Vocabulary(words), **loaded)
 
 
 def _find_files(folder: Path) -> dict[str, Path]:
@@ -115,28 +109,42 @@ def _find_files(folder: Path) -> dict[str, Path]:
 
 
 def _bytes_of(files: dict[str, Path]) -> Corpus:
-    """Each split as its bytes; what is no visible ASCII character is the word ``<0x..>``."""
-    words = [chr(byte) if 32 < byte < 127 else f"<0x{byte:02X}>" for byte in range(256)]
-    splits = {
-        split: torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8).int() for split, file in files.items()
-    }
-    return Corpus(Vocabulary(words), **splits)
+    contents = {split: bytearray(file.read_bytes()) for split, file in files.items()}
+    words = {split: len(text.split()) + text.count(b"\n") for split, text in contents.items()}
+    splits = {split: torch.frombuffer(text, dtype=torch.uint8).int() for split, text in contents.items()}
+    return Corpus(ByteVocabulary(), **splits, words=words)
+
+
+def _lines(file: Path) -> Iterator[list[str]]:
+    """The words of each line."""
+    with file.open(encoding="utf-8") as lines:
+        yield from map(str.split, lines)
 
 
 def _words(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield from line.split()
-            yield EOS
+    for line in _lines(file):
+        yield from line
+        yield EOS
 
 
-def _encode_files(files: dict[str, Path]) -> dict[str, list[str] | Tensor]:
+def _encode_words(files: dict[str, Path]) -> dict[str, Any]:
     vocabulary = Vocabulary.from_tokens(_words(files["train"]))
     splits = {split: vocabulary.encode(_words(file)) for split, file in files.items()}
     for split, ids in splits.items():
         if bool((ids == vocabulary.ids.get(EOS, -1)).all()):
             raise ValueError(f"the {split} split, {files[split]}, has no words")
-    return {"words": vocabulary.words, **splits}
+    return {"vocabulary": vocabulary.words, **splits}
+
+
+def _encode_pieces(files: dict[str, Path], size: int, lowercase: bool) -> dict[str, Any]:
+    lines = {split: list(map(" ".join, _lines(file))) for split, file in files.items()}
+    for split, file in files.items():
+        if not any(lines[split]):
+            raise ValueError(f"the {split} split, {file}, has no words")
+    vocabulary = PieceVocabulary.train(lines["train"], size, lowercase=lowercase)
+    splits = {split: vocabulary.encode_lines(lines[split]) for split in files}
+    words = {split: sum(1 for _ in _words(file)) for split, file in files.items()}
+    return {"vocabulary": vocabulary.words, "model": vocabulary.model, "words": words, **splits}
 
 
 def _default_cache_dir() -> Path:
@@ -145,8 +153,8 @@ def _default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "par_xl"
 
 
-def _cache_path(files: dict[str, Path], folder: Path) -> Path:
-    digest = hashlib.sha256(str(_CACHE_VERSION).encode())
+def _cache_path(files: dict[str, Path], tokenizer: str, folder: Path) -> Path:
+    digest = hashlib.sha256(f"{_CACHE_VERSION} {tokenizer}\n".encode())
     for split, file in files.items():
         digest.update(f"{split} {file.stat().st_size}\n".encode())
         with file.open("rb") as content:

@@ -46,9 +46,7 @@ class LanguageModelData(L.LightningDataModule):
         return self._streams(self.corpus.valid)
 
     def test_dataloader(self) -> ContiguousStreams:
-        if self.corpus.test is None:
-            raise ValueError("the corpus has no test split")
-        return self._streams(self.corpus.test)
+        return self._streams(self.corpus.split("test"))
 
     def total_steps(self, epochs: int) -> int:
         """The number of training batches in the first ``epochs`` epochs."""

@@ -77,7 +77,7 @@ def fit(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "vocabulary.txt").write_text("\n".join(corpus.vocabulary.words) + "\n", encoding="utf-8")
+    corpus.vocabulary.save(out)
     if compile:
         model.compile()
     history = History()

@@ -22,7 +22,8 @@ class LanguageModel(L.LightningModule):
     a memory each, so a validation in the middle of an epoch leaves training's alone. Checkpoints hold every rank's.
 
     Logs ``train_loss`` at each step and, over all tokens of the split, ``{val,test}_loss`` (the mean negative
-    log-likelihood), ``_perplexity`` (its exponential) and ``_accuracy`` (of the most probable token).
+    log-likelihood), ``_perplexity`` (its exponential), ``_word_perplexity`` (the same by word: see
+    :meth:`par_xl.data.Corpus.tokens_per_word`) and ``_accuracy`` (of the most probable token).
 
     Args:
         model: with ``forward`` as above and ``predict(hidden)``.
@@ -86,15 +87,17 @@ class LanguageModel(L.LightningModule):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
+        self._log_evaluation("val", "valid")
 
     def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
+        self._log_evaluation("test", "test")
 
-    def _log_evaluation(self, stage: str) -> None:
+    def _log_evaluation(self, stage: str, split: str) -> None:
         nll, accuracy = self.nll.compute(), self.accuracy.compute()
-        metrics = {f"{stage}_loss": nll, f"{stage}_perplexity": nll.exp(), f"{stage}_accuracy": accuracy}
-        self.log_dict(metrics, prog_bar=True)
+        self.log_dict({f"{stage}_loss": nll, f"{stage}_perplexity": nll.exp()}, prog_bar=True)
+        tokens_per_word = self.trainer.datamodule.corpus.tokens_per_word(split)  # type: ignore[attr-defined]
+        self.log(f"{stage}_word_perplexity", (nll * tokens_per_word).exp())
+        self.log(f"{stage}_accuracy", accuracy, prog_bar=True)
         self.nll.reset()
         self.accuracy.reset()
 

@@ -1,15 +1,16 @@
 """Trained models from the folder of their run, and their losses on a corpus."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_model
-from torch import Tensor, nn
+from torch import nn
 
-from par_xl.data import ContiguousStreams, Vocabulary
+from par_xl.data import ContiguousStreams, Corpus, Vocabulary, load_vocabulary
 from par_xl.models import (
     AWDLSTM,
     AWDLSTMConfig,
@@ -44,30 +45,31 @@ def load_run(folder: str | Path, weights: str = "best") -> tuple[Any, Vocabulary
     model_class, config_class = ARCHITECTURES[record["architecture"]]
     model = model_class(config_class(**record["model"]))
     load_model(model, folder / f"{weights}.safetensors")
-    words = (folder / "vocabulary.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    return model.eval(), Vocabulary(words)
+    return model.eval(), load_vocabulary(folder)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, tokens: Tensor, batch_size: int, bptt: int) -> dict[str, float]:
-    """The mean loss over ``tokens (N,)``, read as ``batch_size`` streams in windows of ``bptt`` with memory.
+def evaluate(model: nn.Module, corpus: Corpus, split: str, batch_size: int, bptt: int) -> dict[str, float]:
+    """The mean loss over a split, read as ``batch_size`` streams in windows of ``bptt`` with memory.
 
     Returns:
-        ``loss`` in nats a token, ``perplexity``, ``bits_per_token``, ``tokens`` and ``tokens_per_second``.
+        ``loss`` in nats a token, ``perplexity``, ``word_perplexity``, ``bits_per_token``, ``tokens`` and
+        ``tokens_per_second``.
     """
     device = next(model.parameters()).device
+    tokens = corpus.split(split)
     memory, losses, start = None, [], time.perf_counter()
     for inputs, targets in ContiguousStreams(tokens, batch_size, bptt):
         output = model(inputs.to(device), targets.to(device), memory)
         memory = output.memory
         losses.append(output.nll.double().sum())
-    total = float(torch.stack(losses).sum())
     count = (len(tokens) - 1) // batch_size * batch_size
-    loss = torch.tensor(total / count, dtype=torch.float64)
+    loss = float(torch.stack(losses).sum()) / count
     return {
-        "loss": loss.item(),
-        "perplexity": loss.exp().item(),
-        "bits_per_token": loss.item() / torch.log(torch.tensor(2.0)).item(),
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "word_perplexity": math.exp(loss * corpus.tokens_per_word(split)),
+        "bits_per_token": loss / math.log(2),
         "tokens": count,
         "tokens_per_second": round(count / (time.perf_counter() - start)),
     }
