@@ -169,14 +169,12 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Draw from so many most probable tokens; 0: from all.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
 ) -> None:
-    """Continue a text with a trained Transformer-XL."""
+    """Continue a text with a trained model."""
     import torch
 
     from par_xl.training import load_run
 
     model, vocabulary = load_run(run)
-    if not hasattr(model, "generate"):
-        raise ValueError(f"{run} holds a {type(model).__name__}, which does not generate")
     ids = vocabulary.encode_text(prompt).long()[None]
     draws = torch.Generator().manual_seed(seed)
     text = model.generate(ids, tokens, temperature=temperature, top_k=top_k, generator=draws)

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
-from par_xl.nn import AdaptiveLogSoftmaxWithLoss, ProjectedAdaptiveLogSoftmax, adaptive_cutoffs
+from par_xl.nn import AdaptiveLogSoftmaxWithLoss, ProjectedAdaptiveLogSoftmax, SplitSoftmax, adaptive_cutoffs
 
 
 def pair(**options):
@@ -180,20 +180,24 @@ def test_shares_the_embedding():
 
 
 @pytest.mark.parametrize("splits", [[], [10, 25, 40]])
-def test_loads_salesforce(splits):
+def test_equals_salesforce(splits):
     """awd-lstm's SplitCrossEntropyLoss: one table, the tails' vectors beside it, the last column the first tail."""
-    decoder = nn.Linear(16, 60)
-    tails = (torch.randn(3, 16), torch.randn(3)) if splits else ()
-    module = ProjectedAdaptiveLogSoftmax.from_salesforce(decoder, splits, *tails)
+    module = SplitSoftmax(16, 60, splits)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
     x, y = torch.randn(50, 16), torch.randint(0, 60, (50,))
     if splits:
         sizes = [10, 15, 15, 20]
-        tables = (*tails, decoder.weight.split(sizes), decoder.bias.split(sizes), [None] * 4)
-        wanted = upstream(x, y, [*splits, 60], *tables)
+        columns = module.tail_vectors, module.tail_bias
+        wanted = upstream(
+            x, y, [*splits, 60], *columns, module.weight.split(sizes), module.bias.split(sizes), [None] * 4
+        )
     else:
-        wanted = F.cross_entropy(decoder(x), y, reduction="none")
+        wanted = F.cross_entropy(F.linear(x, module.weight, module.bias), y, reduction="none")
     torch.testing.assert_close(module(x, y), wanted, rtol=1e-4, atol=1e-5)
-    assert module.out_layers[0].weight is decoder.weight and module.out_layers[0].bias is decoder.bias
+    all_classes = torch.stack([-module(x, torch.full((50,), c)) for c in range(60)], 1)
+    torch.testing.assert_close(module.log_prob(x), all_classes, rtol=1e-4, atol=1e-5)
+    assert torch.equal(module.predict(x), all_classes.argmax(1))
 
 
 def _train_one_step(rank, folder):

@@ -89,6 +89,40 @@ def test_from_fastai_gives_upstreams_loss(batch):
     torch.testing.assert_close(model(*batch).loss.double(), expected, atol=1e-6, rtol=1e-6)
 
 
+def test_from_salesforce_takes_the_criterions_tails(batch):
+    """A word of a tail costs -log p(tail's column in the head) - log p(word in its tail); the last column is tail 1."""
+    encoder, recurrent, inner, decoder = SALESFORCE
+    state = upstream_state_dict(recurrent, inner, encoder, decoder, True)
+    criterion = {"tail_vectors": torch.randn(2, 10), "tail_bias": torch.randn(2)}
+    options = {"emsize": 10, "nhid": 14, "splits": [7, 12]}
+    with pytest.raises(ValueError, match=r"criterion must be given: the softmax is split at \[7, 12\]"):
+        AWDLSTM.from_salesforce(state, options)
+    model = AWDLSTM.from_salesforce(state, options, criterion).eval()
+    assert model.config.cutoffs == (7, 12)
+    output = model(*batch)
+    logits = output.hidden @ state["decoder.weight"].T + state["decoder.bias"]
+    columns = output.hidden @ criterion["tail_vectors"].T + criterion["tail_bias"]
+    head = torch.cat([logits[..., :7], columns], -1).log_softmax(-1)
+    tails = [head[..., -i, None] + logits[..., a:b].log_softmax(-1) for i, a, b in ((1, 7, 12), (2, 12, V))]
+    log_prob = torch.cat([head[..., :7], *tails], -1)
+    torch.testing.assert_close(-output.nll, log_prob.gather(2, batch[1][..., None])[..., 0])
+    torch.testing.assert_close(model.log_prob(output.hidden), log_prob)
+
+
+def test_generates_what_it_finds_most_probable(batch):
+    model = make(cutoffs=(7, 12))
+    model(*batch).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    text = model.generate(batch[0], 5, temperature=0)
+    assert torch.equal(text[:, :T], batch[0]) and text.shape == (B, T + 5) and model.training
+    output = model.eval()(text)
+    assert torch.equal(model.predict(output.hidden[:, T - 1 : -1]), text[:, T:])
+    rest = model.generate(text[:, T:], 3, memory=model(text[:, :T]).memory, temperature=0)
+    assert torch.equal(rest[:, :5], text[:, T:]) and torch.equal(
+        rest[:, 5:], model.generate(text, 3, temperature=0)[:, -3:]
+    )
+
+
 def test_loaders_refuse_what_is_not_an_awd_lstm(batch):
     state = make().state_dict()
     with pytest.raises(ValueError, match="QRNN"):

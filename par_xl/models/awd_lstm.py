@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from par_xl.models.generation import continue_text
 from par_xl.models.output import ModelOutput
+from par_xl.nn.adaptive_softmax import SplitSoftmax
 from par_xl.nn.dropout import EmbeddingDropout, LockedDropout, WeightDrop
 
 LSTMMemory = list[tuple[Tensor, Tensor]]
@@ -30,6 +31,7 @@ class AWDLSTMConfig:
         dropout_embedding: of whole words.
         weight_drop: of the recurrent weights.
         tie_weights: the embedding is also the output layer's weight.
+        cutoffs: where the tails of an adaptive softmax start (upstream's splits); empty is a full softmax.
     """
 
     vocab_size: int
@@ -42,6 +44,10 @@ class AWDLSTMConfig:
     dropout_embedding: float = 0.1
     weight_drop: float = 0.5
     tie_weights: bool = True
+    cutoffs: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.cutoffs = tuple(self.cutoffs)  # a list, where it was JSON
 
 
 @dataclass(kw_only=True)
@@ -69,6 +75,7 @@ _SALESFORCE_OPTIONS = {
     "dropoute": "dropout_embedding",
     "wdrop": "weight_drop",
     "tied": "tie_weights",
+    "splits": "cutoffs",
 }
 _FASTAI_OPTIONS = {
     "emb_sz": "d_model",
@@ -97,7 +104,8 @@ class AWDLSTM(nn.Module):
     embedding with word dropout -> locked dropout -> n_layers x (LSTM with weight drop -> locked dropout) -> linear.
 
     The parameters have the names of awd-lstm-lm: ``encoder.weight``, ``rnns.{i}.module.weight_hh_l0_raw``,
-    ``rnns.{i}.module.{weight_ih_l0,bias_ih_l0,bias_hh_l0}``, ``decoder.{weight,bias}``.
+    ``rnns.{i}.module.{weight_ih_l0,bias_ih_l0,bias_hh_l0}``, ``decoder.{weight,bias}``; with cutoffs also
+    its criterion's, ``decoder.{tail_vectors,tail_bias}``.
 
     Source: https://github.com/salesforce/awd-lstm-lm, model.py.
     """
@@ -115,10 +123,8 @@ class AWDLSTM(nn.Module):
         self.input_dropout = LockedDropout(config.dropout_input)
         self.hidden_dropout = LockedDropout(config.dropout_hidden)
         self.output_dropout = LockedDropout(config.dropout)
-        self.decoder = nn.Linear(last, config.vocab_size)
+        self.decoder = SplitSoftmax(last, config.vocab_size, config.cutoffs)
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
-        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
-        nn.init.zeros_(self.decoder.bias)
         if config.tie_weights:
             self.decoder.weight = self.encoder.weight
 
@@ -150,31 +156,57 @@ class AWDLSTM(nn.Module):
 
         output = AWDLSTMOutput(hidden=hidden, memory=after, raw_outputs=tuple(raw_outputs), outputs=tuple(outputs))
         if targets is not None:
-            logits = self.decoder(hidden).flatten(0, 1)
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            output.nll = F.cross_entropy(logits.to(wide), targets.flatten(), reduction="none").view_as(targets)
+            output.nll = self.decoder(hidden, targets)
             output.loss = output.nll.mean()
         return output
 
+    def log_prob(self, hidden: Tensor) -> Tensor:
+        """The log-probabilities of the next token, ``(B, T, d)`` to ``(B, T, V)``."""
+        return self.decoder.log_prob(hidden)
+
     def predict(self, hidden: Tensor) -> Tensor:
         """The most probable next token, int64 ``(B, T)``, from ``hidden (B, T, d)``."""
-        return self.decoder(hidden).argmax(-1)
+        return self.decoder.predict(hidden)
+
+    def generate(
+        self,
+        prompt: Tensor,
+        n_tokens: int,
+        *,
+        memory: LSTMMemory | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue a text token by token; as :meth:`par_xl.models.TransformerXL.generate`."""
+        return continue_text(self, lambda: _Decoder(self, memory), prompt, n_tokens, temperature, top_k, generator)
 
     @classmethod
-    def from_salesforce(cls, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> "AWDLSTM":
+    def from_salesforce(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        criterion: Mapping[str, Tensor] | None = None,
+    ) -> "AWDLSTM":
         """A model with the weights of awd-lstm-lm.
 
         Args:
             state_dict: that of upstream's ``RNNModel`` (its checkpoints pickle the module; take ``.state_dict()``).
             config: upstream's options (``emsize``, ``nhid``, ``nlayers``, ``dropout``, ``dropouth``, ...); those that
-                are missing have upstream's defaults.
+                are missing have upstream's defaults. ``splits`` are its criterion's cutoffs; by default upstream's
+                for a vocabulary of that size: none up to 75,000 words.
+            criterion: the state dict of upstream's ``SplitCrossEntropyLoss``, where there are splits.
 
         Raises:
-            ValueError: the model is a GRU or a QRNN.
+            ValueError: the model is a GRU or a QRNN, or the criterion is missing.
         """
         if config.get("model", "LSTM") != "LSTM":
             raise ValueError(f"config['model'] must be 'LSTM', not {config['model']!r}")
-        return cls._from_upstream(state_dict, config, _SALESFORCE_OPTIONS)
+        splits = config.get("splits", _salesforce_splits(len(state_dict["encoder.weight"])))
+        if splits and criterion is None:
+            raise ValueError(f"criterion must be given: the softmax is split at {splits}")
+        tails = {f"decoder.{name}": weight for name, weight in (criterion or {}).items()}
+        return cls._from_upstream({**state_dict, **tails}, {**config, "splits": splits}, _SALESFORCE_OPTIONS)
 
     @classmethod
     def from_fastai(cls, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> "AWDLSTM":
@@ -214,3 +246,22 @@ class AWDLSTM(nn.Module):
 def _recurrent_name(match: re.Match) -> str:
     layer, name = match.groups()
     return f"{layer}module.{name}" + ("_raw" if name == "weight_hh_l0" else "")
+
+
+def _salesforce_splits(n_words: int) -> tuple[int, ...]:
+    """Those of upstream's main.py."""
+    if n_words > 500_000:
+        return 4200, 35000, 180000
+    return (2800, 20000, 76000) if n_words > 75_000 else ()
+
+
+class _Decoder:
+    """Feeds tokens to the model and keeps its state."""
+
+    def __init__(self, model: AWDLSTM, memory: LSTMMemory | None):
+        self.model, self.memory = model, memory
+
+    def step(self, tokens: Tensor) -> Tensor:
+        output = self.model(tokens, memory=self.memory)
+        self.memory = output.memory
+        return output.hidden

@@ -137,7 +137,7 @@ def generate(
 
 @torch.no_grad()
 def continue_text(
-    model: TransformerXL, start: Callable[[], Any], prompt: Tensor, n_tokens: int, temperature: float, top_k: int,
+    model: Any, start: Callable[[], Any], prompt: Tensor, n_tokens: int, temperature: float, top_k: int,
     generator: torch.Generator | None,
 ) -> Tensor:  # fmt: skip
     """What every ``generate`` does with the decoder that ``start`` makes once the model is in evaluation mode."""

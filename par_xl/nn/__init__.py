@@ -3,7 +3,7 @@
 from par_xl.nn.acceleration import accelerate
 from par_xl.nn.adaptive_cutoffs import adaptive_cutoffs
 from par_xl.nn.adaptive_embedding import AdaptiveEmbedding
-from par_xl.nn.adaptive_softmax import AdaptiveLogSoftmaxWithLoss, ProjectedAdaptiveLogSoftmax
+from par_xl.nn.adaptive_softmax import AdaptiveLogSoftmaxWithLoss, ProjectedAdaptiveLogSoftmax, SplitSoftmax
 from par_xl.nn.compression_losses import (
     AttentionReconstructionLoss,
     AutoEncodingLoss,
@@ -35,6 +35,7 @@ __all__ = [
     "RelPartialLearnableMultiHeadAttn",
     "RelPositionMultiHeadAttention",
     "RelaxedOneHot",
+    "SplitSoftmax",
     "WeightDrop",
     "accelerate",
     "adaptive_cutoffs",

@@ -210,28 +210,6 @@ class ProjectedAdaptiveLogSoftmax(_AdaptiveSoftmax):
         self.out_projs = nn.ParameterList(own)
         self.register_load_state_dict_pre_hook(_rename_nvidia)
 
-    @classmethod
-    def from_salesforce(
-        cls, decoder: nn.Linear, splits: Sequence[int], tail_vectors: Tensor | None = None,
-        tail_bias: Tensor | None = None, **options,
-    ) -> "ProjectedAdaptiveLogSoftmax":  # fmt: skip
-        """awd-lstm's ``SplitCrossEntropyLoss``: shares the decoder's weight and bias, copies the criterion's tails.
-
-        Args:
-            decoder: the model's last layer, ``(V, d)`` with a bias.
-            splits: the cutoffs, without the 0 and the 100000000 that the criterion adds.
-            tail_vectors, tail_bias: ``(K, d)`` and ``(K,)`` of the criterion.
-            options: as in the constructor.
-        """
-        n_token, d = decoder.weight.shape
-        weights: Any = [decoder.weight]
-        made = cls(n_token, d, d, splits, weights=weights, **options)
-        made.out_layers[0].bias = decoder.bias
-        if splits and tail_vectors is not None and tail_bias is not None:
-            made.cluster_weight.data.copy_(tail_vectors)
-            made.cluster_bias.data.copy_(tail_bias)
-        return made
-
     def tables(self) -> Tables:
         layers: list[Any] = list(self.out_layers)
         tails = len(self.cutoffs) > 1
@@ -245,6 +223,38 @@ class ProjectedAdaptiveLogSoftmax(_AdaptiveSoftmax):
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
         """``hidden (..., d_proj)`` and ``target (...)`` to ``(...)``, or 0-d with the reduction "sum" or "mean"."""
+        return self._nll_and_loss(hidden, target)[1]
+
+
+class SplitSoftmax(_AdaptiveSoftmax):
+    """awd-lstm's output layer: one table of full width, read in clusters. ``(hidden, target)`` to each token's nll.
+
+    Parameters: ``weight (V, d)`` and ``bias (V,)`` of awd-lstm's decoder, and of its ``SplitCrossEntropyLoss``, where
+    there are splits, ``tail_vectors (K, d)`` and ``tail_bias (K,)``: the head's columns of the K tails, the last one
+    being the first tail's. Without splits it is a linear layer and a full softmax whose logits are never all in memory.
+
+    Args:
+        in_features, n_classes: d and V.
+        splits: where the tails start.
+        backend: as in :func:`par_xl.adaptive_nll`.
+
+    Source: https://github.com/salesforce/awd-lstm-lm, splitcross.py.
+    """
+
+    def __init__(self, in_features: int, n_classes: int, splits: Sequence[int] = (), *, backend: str | None = None):
+        super().__init__()
+        self.cutoffs = [*splits, n_classes]
+        self._set_options("descending", -100, "none", 0.0, 0.0, backend)
+        self.weight: Tensor = nn.Parameter(torch.empty(n_classes, in_features).uniform_(-0.1, 0.1))
+        self.bias = nn.Parameter(torch.zeros(n_classes))
+        self.tail_vectors = nn.Parameter(torch.zeros(len(splits), in_features)) if splits else None
+        self.tail_bias = nn.Parameter(torch.zeros(len(splits))) if splits else None
+
+    def tables(self) -> Tables:
+        return Tables([self.weight], [self.bias], [None] * len(self.cutoffs), self.tail_vectors, self.tail_bias)
+
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """``hidden (..., d)`` and ``target (...)`` to ``(...)``."""
         return self._nll_and_loss(hidden, target)[1]
 
 
