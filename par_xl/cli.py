@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,57 +58,124 @@ def _coloured(state: str) -> str:
     return f"[green]{state}[/green]" if state == "available" else state
 
 
+# What train and search share.
+Data = Annotated[
+    str, typer.Option(help="human-numbers, or a folder with wiki.*.tokens or *.txt; bytes:, pieces: before it.")
+]
+RecipeName = Annotated[str, typer.Option("--recipe", help="Name of a recipe; the default goes with the data.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for checkpoints, curves and records.", show_default="runs/ARCHITECTURE")
+]
 Options = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Another value for an option of the recipe or model."),
 ]
-Data = Annotated[
-    str, typer.Option(help="human-numbers, or a folder with wiki.*.tokens or *.txt; bytes:, pieces: before it.")
-]
+Epochs = Annotated[int | None, typer.Option(help="Short for --set epochs=N.")]
+Seed = Annotated[int | None, typer.Option(help="Short for --set seed=N.")]
 Backend = Annotated[str, typer.Option(help="eager, native, triton or auto.")]
-Run = Annotated[Path, typer.Argument(help="Folder of a finished par-xl train.")]
+Precision = Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed, ... (Lightning's names).")]
+Devices = Annotated[str, typer.Option(help="How many, or auto.")]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the model.")]
+Resume = Annotated[Path | None, typer.Option(help="A .ckpt of the same run to go on from.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 
 
 @app.command(no_args_is_help=True)
 def train(
-    architecture: Annotated[str, typer.Argument(help="awd-lstm, transformer-xl or compressive.")],
+    architecture: Annotated[str, typer.Argument(help="awd-lstm, transformer-xl, compressive or par.")],
     data: Data,
-    recipe: Annotated[str, typer.Option(help="Name of a recipe; the default goes with the data.")] = "",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for checkpoints, curves and records.", show_default="runs/ARCHITECTURE")
-    ] = None,
+    recipe: RecipeName = "",
+    out: Out = None,
     options: Options = None,
-    epochs: Annotated[int | None, typer.Option(help="Short for --set epochs=N.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    pattern: Annotated[
+        str | None, typer.Option(help='Of par: "s" attention, "f" dense, "-" nothing; or the rule par or interleaved.')
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="A finished run, of derive say, with whose model and weights to begin.")
+    ] = None,
     backend: Backend = "auto",
-    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed, ... (Lightning's names).")] = "32-true",
-    devices: Annotated[str, typer.Option(help="How many, or auto.")] = "1",
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model.")] = False,
-    resume: Annotated[Path | None, typer.Option(help="A .ckpt of the same run to go on from.")] = None,
+    precision: Precision = "32-true",
+    devices: Devices = "1",
+    compile: Compile = False,
+    resume: Resume = None,
 ) -> None:
     """Train a model. Ctrl-C finishes the step and saves; --resume goes on as if nothing had happened."""
+    chosen = _parse_options(options, epochs=epochs, seed=seed, pattern=pattern)
+    if pattern is not None and architecture != "par":
+        raise ValueError(f"--pattern is for par, not for {architecture}")
+    if pattern and set(pattern) <= set("sf-"):  # not the name of a rule
+        chosen["n_layer"] = str(len(pattern))
+    how = dict(backend=backend, precision=precision, devices=devices, compile=compile, resume=resume, start=start)
+    _train(architecture, data, recipe, out, chosen, how)
+
+
+@app.command(no_args_is_help=True)
+def search(
+    data: Data,
+    recipe: RecipeName = "",
+    out: Out = None,
+    options: Options = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    backend: Backend = "auto",
+    precision: Precision = "32-true",
+    devices: Devices = "1",
+    compile: Compile = False,
+    resume: Resume = None,
+) -> None:
+    """Search the blocks of a PAR Transformer-XL: attention, dense or nothing. Ctrl-C and --resume as for train."""
+    how = dict(backend=backend, precision=precision, devices=devices, compile=compile, resume=resume)
+    model, out = _train("par-supernet", data, recipe, out, _parse_options(options, epochs=epochs, seed=seed), how)
+    _show_architecture(model)
+    console.print(f"architecture.png, .gif and .json are there too; par-xl derive {out} makes the plain model")
+
+
+@app.command(no_args_is_help=True)
+def derive(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished par-xl search.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the plain model.", show_default="RUN/derived")] = None,
+) -> None:
+    """The plain model of a search, with its weights: for eval, generate, and train par --start."""
+    from par_xl.models import ParSuperNet
+    from par_xl.training import load_run, save_run
+
+    model, vocabulary = load_run(run)
+    if not isinstance(model, ParSuperNet):
+        raise ValueError(f"{run} holds a {type(model).__name__}; only a search has an architecture to derive")
+    out = out or run / "derived"
+    derived = model.derived()
+    save_run(derived, vocabulary, out)
+    _write_record(out / "result.json", {"architecture": "par", "model": asdict(derived.config), "from": str(run)})
+    _show_architecture(model)
+    console.print(f"the plain model is in {out}; par-xl train par --start {out} trains it on,", highlight=False)
+    console.print(f"par-xl train par --pattern={model.derive()} from new weights", highlight=False)
+
+
+def _train(
+    architecture: str, data: str, recipe: str, out: Path | None, options: dict[str, str], how: dict[str, Any]
+) -> tuple[Any, Path]:
+    """What ``train`` and ``search`` do."""
     _quiet()
     from par_xl.data import load_corpus
-    from par_xl.training import TRAININGS, override
+    from par_xl.training import TRAININGS, load_run, override
 
     recipes, run = _chosen(TRAININGS, architecture, "architecture")
     name = recipe or ("human-numbers" if data == "human-numbers" else "wikitext-2")
-    chosen = _parse_options(options)
-    chosen |= {key: str(value) for key, value in (("epochs", epochs), ("seed", seed)) if value is not None}
-    settings = override(_chosen(recipes, name, "recipe"), chosen)
+    settings = _chosen(recipes, name, "recipe")
     corpus = load_corpus(data)
+    if how.get("start") is not None:
+        begun, vocabulary = load_run(how["start"])
+        _check_vocabulary(vocabulary, corpus, data, how["start"])
+        begun_with = {key: value for key, value in asdict(begun.config).items() if key != "vocab_size"}
+        settings = replace(settings, model=begun_with)
+    settings = override(settings, options)
     out = out or Path("runs") / architecture
     console.print(f"{data}: {len(corpus.train):,} tokens, {len(corpus.vocabulary):,} words; recipe {name}")
-    model, history = run(
-        corpus,
-        settings,
-        out,
-        backend=backend,
-        precision=precision,
-        devices=devices if devices == "auto" else int(devices),
-        compile=compile,
-        resume=resume,
-    )
+    if how["devices"] != "auto":
+        how["devices"] = int(how["devices"])
+    model, history = run(corpus, settings, out, **how)
     result = {
         **history.valid[-1],
         "tokens_per_second": history.tokens_per_second,
@@ -116,9 +183,10 @@ def train(
     }
     used = {key: value for key, value in asdict(settings).items() if key != "model"}
     described = {"architecture": architecture, "model": asdict(model.config), "recipe": used}
-    _write_record(out / "result.json", {**described, "result": result})
+    _write_record(out / "result.json", {**described, "result": result, "validations": history.valid})
     _show(result)
     console.print(f"weights, losses.png, result.json and TensorBoard's events are in {out}", highlight=False)
+    return model, out
 
 
 @app.command(name="eval", no_args_is_help=True)
@@ -144,8 +212,7 @@ def evaluate(
 
     model, vocabulary = load_run(run)
     corpus = load_corpus(data)
-    if corpus.vocabulary.words != vocabulary.words:
-        raise ValueError(f"{data} is not what {run} was trained on: its vocabulary is another one")
+    _check_vocabulary(vocabulary, corpus, data, run)
     chosen = {
         key: read_option(key, value, getattr(model.config, key, "")) for key, value in _parse_options(lengths).items()
     }
@@ -212,14 +279,20 @@ def bench(
     raise typer.Exit(status)
 
 
-def _parse_options(options: list[str] | None) -> dict[str, str]:
+def _parse_options(options: list[str] | None, **more: Any) -> dict[str, str]:
+    """``NAME=VALUE`` by name, and those of ``more`` that are given."""
     parsed = {}
     for option in options or []:
         name, separator, value = option.partition("=")
         if not separator:
             raise ValueError(f"--set takes NAME=VALUE, not {option!r}")
         parsed[name] = value
-    return parsed
+    return parsed | {name: str(value) for name, value in more.items() if value is not None}
+
+
+def _check_vocabulary(vocabulary: Any, corpus: Any, data: str, run: Path) -> None:
+    if corpus.vocabulary.words != vocabulary.words:
+        raise ValueError(f"{data} is not what {run} was trained on: its vocabulary is another one")
 
 
 def _chosen(table: dict[str, Any], name: str, what: str) -> Any:
@@ -229,9 +302,18 @@ def _chosen(table: dict[str, Any], name: str, what: str) -> Any:
 
 
 def _show(result: dict[str, float]) -> None:
-    table = Table(*result)
-    table.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for value in result.values()))
-    console.print(table)
+    table = Table(show_header=False)
+    for name, value in result.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+    console.print(table, highlight=False)
+
+
+def _show_architecture(model: Any) -> None:
+    """A SuperNet's pattern and the probabilities behind it."""
+    table = Table("block", "attention", "dense", "identity", title=model.derive())
+    for i, row in enumerate(model.probabilities().tolist()):
+        table.add_row(str(i + 1), *(f"[bold]{p:.3f}[/bold]" if p == max(row) else f"{p:.3f}" for p in row))
+    console.print(table, highlight=False)
 
 
 def _write_record(path: Path, contents: dict[str, Any]) -> None:

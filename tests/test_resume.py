@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import safetensors.torch
 import torch
-from training_helpers import IGNORED, assert_same_parameters, small_awd_lstm, small_corpus
+from training_helpers import IGNORED, InterruptAt, assert_same_parameters, small_awd_lstm, small_corpus
 
 from par_xl.models import AWDLSTM, AWDLSTMConfig
 from par_xl.training import RECIPES, RNNTrainer, fit, override, train_awd_lstm
@@ -19,17 +19,6 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 @pytest.fixture(scope="module")
 def corpus():
     return small_corpus()
-
-
-class InterruptAt(L.Callback):
-    """A Ctrl-C in the middle of a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_before_backward(self, trainer, *_):
-        if trainer.global_step == self.step:
-            signal.raise_signal(signal.SIGINT)  # to this thread: os.kill may wake another one, later
 
 
 RUN = dict(epochs=3, batch_size=4, bptt=12, random_length=True, d_model=8, d_hidden=8, dropout=0.5)

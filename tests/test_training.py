@@ -70,14 +70,14 @@ class TestLanguageModel:
         run = trainer(last := LastRate(), max_epochs=3, reload_dataloaders_every_n_epochs=1)
         run.fit(module, data)
         assert run.global_step == data.total_steps(3)
-        assert len({data._streams(corpus.train, True).windows(epoch) for epoch in range(9)}) > 1
+        assert len({data.streams(corpus.train, True).windows(epoch) for epoch in range(9)}) > 1
         assert last.rate == pytest.approx(0.1 / 25 / 1e4)
 
     def test_unknown_names_are_errors(self, corpus):
         with pytest.raises(ValueError, match="adamw.*'adam'"):
             LanguageModel(small_awd_lstm(corpus), optimizer="adam")
-        with pytest.raises(ValueError, match="one-cycle.*'cosine'"):
-            LanguageModel(small_awd_lstm(corpus), schedule="cosine")
+        with pytest.raises(ValueError, match="one-cycle, cosine, not 'step'"):
+            LanguageModel(small_awd_lstm(corpus), schedule="step")
         with pytest.raises(ValueError, match="no test split"):
             LanguageModelData(corpus, 4, 5).test_dataloader()
 

@@ -1,5 +1,7 @@
 """What the tests of par_xl.training share."""
 
+import signal
+
 import lightning as L
 import torch
 
@@ -33,3 +35,14 @@ def small_corpus():
 def small_awd_lstm(corpus):
     torch.manual_seed(0)
     return AWDLSTM(AWDLSTMConfig(len(corpus.vocabulary), 8, 8, n_layers=2))
+
+
+class InterruptAt(L.Callback):
+    """A Ctrl-C in the middle of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_before_backward(self, trainer, *_):
+        if trainer.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)  # to this thread: os.kill may wake another one, later

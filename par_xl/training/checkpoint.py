@@ -90,8 +90,8 @@ class SaveOnInterrupt(Checkpoint):
     """At Ctrl-C, finish the training step, write a checkpoint and stop; a second Ctrl-C stops at once.
 
     Between two steps the state is whole, so a run resumed from the checkpoint gives the numbers of one that was never
-    interrupted. (``OnExceptionCheckpoint`` saves in the middle of a step.) After an epoch's last step it is written at
-    the end of the epoch, because Lightning would not resume with the validation that is due.
+    interrupted. (``OnExceptionCheckpoint`` saves in the middle of a step.) Where a validation is due it is written
+    after that, and after an epoch's last step at the end of the epoch: Lightning would not resume with what is due.
 
     Args:
         path: of the checkpoint.
@@ -117,6 +117,10 @@ class SaveOnInterrupt(Checkpoint):
         # The ranks must agree: a checkpoint is a collective operation.
         if trainer.world_size > 1:
             self.interrupted = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
+        if self.interrupted and not trainer.is_last_batch and not _validation_is_due(trainer):
+            self._save_and_stop(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.interrupted and not trainer.is_last_batch:
             self._save_and_stop(trainer)
 
@@ -135,3 +139,9 @@ class SaveOnInterrupt(Checkpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         signal.signal(signal.SIGINT, self._handler_before)  # Lightning has it ignored by now
+
+
+def _validation_is_due(trainer: L.Trainer) -> bool:
+    """After this step, which is not the last one of an epoch."""
+    every = trainer.val_check_batch if trainer.check_val_every_n_epoch is None else None
+    return trainer.should_stop or (every is not None and trainer.global_step % every == 0)

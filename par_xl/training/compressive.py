@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from par_xl.data import Corpus
 from par_xl.models import CompressiveConfig, CompressiveTransformer
 from par_xl.nn.attention_received import attention_received
+from par_xl.training.clip_apart import ClipApart
 from par_xl.training.fit import Recipe, fit
 from par_xl.training.history import History
 
@@ -80,25 +81,8 @@ def train_compressive(
     L.seed_everything(recipe.seed, verbose=False)
     model = CompressiveTransformer(CompressiveConfig(vocab_size=len(corpus.vocabulary), **recipe.model))
     statistics = CompressionStatistics(Path(out) / "compression.png")
-    callbacks = [ClipApart(recipe.clip), statistics]
+    callbacks = [ClipApart(recipe.clip, CompressiveTransformer.compression_parameters), statistics]
     return model, fit(model, corpus, replace(recipe, clip=0.0), out, callbacks=callbacks, **options)
-
-
-class ClipApart(L.Callback):
-    """Clips the gradient of the task and that of the compressors to ``norm`` each; 0 does not clip."""
-
-    def __init__(self, norm: float):
-        self.norm = norm
-
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        if not self.norm:
-            return
-        compression = list(pl_module.model.compression_parameters())  # type: ignore[union-attr, operator]
-        own = {id(p) for p in compression}
-        for group in (compression, [p for p in pl_module.parameters() if id(p) not in own]):
-            nn.utils.clip_grad_norm_(group, self.norm)
 
 
 def attention_shares(model: CompressiveTransformer, tokens: Tensor, memory: Any) -> list[list[float]]:

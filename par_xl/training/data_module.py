@@ -25,7 +25,8 @@ class LanguageModelData(L.LightningDataModule):
         self.corpus, self.batch_size, self.bptt = corpus, batch_size, bptt
         self.random_length, self.seed = random_length, seed
 
-    def _streams(self, tokens: Tensor, random_length: bool = False) -> ContiguousStreams:
+    def streams(self, tokens: Tensor, random_length: bool = False) -> ContiguousStreams:
+        """This rank's streams over ``tokens``."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return ContiguousStreams(
             tokens,
@@ -38,17 +39,17 @@ class LanguageModelData(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> ContiguousStreams:
-        streams = self._streams(self.corpus.train, self.random_length)
+        streams = self.streams(self.corpus.train, self.random_length)
         streams.set_epoch(self.trainer.current_epoch if self.trainer else 0)
         return streams
 
     def val_dataloader(self) -> ContiguousStreams:
-        return self._streams(self.corpus.valid)
+        return self.streams(self.corpus.valid)
 
     def test_dataloader(self) -> ContiguousStreams:
-        return self._streams(self.corpus.split("test"))
+        return self.streams(self.corpus.split("test"))
 
     def total_steps(self, epochs: int) -> int:
         """The number of training batches in the first ``epochs`` epochs."""
-        streams = self._streams(self.corpus.train, self.random_length)
+        streams = self.streams(self.corpus.train, self.random_length)
         return sum(streams.windows(epoch) for epoch in range(epochs))

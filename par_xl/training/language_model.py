@@ -11,8 +11,10 @@ from torchmetrics import MeanMetric
 
 from par_xl.models.output import ModelOutput
 from par_xl.training.checkpoint import from_all_ranks, of_this_rank
+from par_xl.training.schedules import RateSchedule, one_of, rate_schedule
 
 Batch = tuple[Tensor, Tensor]
+OptimizerName = Literal["adamw", "sgd"]
 
 
 class LanguageModel(L.LightningModule):
@@ -28,28 +30,29 @@ class LanguageModel(L.LightningModule):
     Args:
         model: with ``forward`` as above and ``predict(hidden)``.
         optimizer: "adamw" (betas 0.9 and 0.99, fastai's) or "sgd".
-        lr: learning rate; the peak of a one-cycle schedule.
+        lr: learning rate; the peak of a schedule.
         weight_decay: decoupled for "adamw".
-        schedule: "constant", or "one-cycle" over the data module's total number of steps with the first quarter rising
-            (fastai's ``fit_one_cycle``).
+        schedule: "constant", "one-cycle" or "cosine" over :meth:`total_steps`; see :func:`rate_schedule`.
+        warmup: steps of a linear rise before "constant" and "cosine".
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        optimizer: Literal["adamw", "sgd"] = "adamw",
+        optimizer: OptimizerName = "adamw",
         lr: float = 1e-3,
         weight_decay: float = 0.0,
-        schedule: Literal["constant", "one-cycle"] = "constant",
+        schedule: RateSchedule = "constant",
+        warmup: int = 0,
     ):
         super().__init__()
-        if optimizer not in ("adamw", "sgd"):
-            raise ValueError(f'optimizer must be "adamw" or "sgd", not {optimizer!r}')
-        if schedule not in ("constant", "one-cycle"):
-            raise ValueError(f'schedule must be "constant" or "one-cycle", not {schedule!r}')
+        one_of("optimizer", optimizer, OptimizerName)
+        one_of("schedule", schedule, RateSchedule)
         self.model = model
-        self.optimizer, self.lr, self.weight_decay, self.schedule = optimizer, lr, weight_decay, schedule
+        self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
+        self.schedule: RateSchedule = schedule
+        self.warmup = warmup
         self.nll, self.accuracy = MeanMetric(), MeanMetric()
         self._memory: dict[bool, Any] = {}  # by self.training
 
@@ -66,9 +69,11 @@ class LanguageModel(L.LightningModule):
     def on_test_epoch_start(self) -> None:
         self.reset()
 
+    def _call(self, tokens: Tensor, targets: Tensor, memory: Any) -> ModelOutput:
+        return self.model(tokens, targets, memory)
+
     def _output(self, batch: Batch) -> ModelOutput:
-        tokens, targets = batch
-        output = self.model(tokens, targets, self._memory.get(self.training))
+        output = self._call(*batch, self._memory.get(self.training))
         self._memory[self.training] = output.memory
         return output
 
@@ -101,18 +106,25 @@ class LanguageModel(L.LightningModule):
         self.nll.reset()
         self.accuracy.reset()
 
+    def total_steps(self) -> int:
+        """How many optimiser steps the training has, unless something stops it."""
+        steps = self.trainer.datamodule.total_steps(self.trainer.max_epochs)  # type: ignore[attr-defined]
+        return steps if self.trainer.max_steps < 0 else min(steps, self.trainer.max_steps)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimiser is given."""
+        return [{"params": list(self.parameters())}]
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer: torch.optim.Optimizer
+        groups = self.parameter_groups()
         if self.optimizer == "sgd":
-            optimizer = torch.optim.SGD(self.parameters(), self.lr, weight_decay=self.weight_decay)
+            optimizer = torch.optim.SGD(groups, self.lr, weight_decay=self.weight_decay)
         else:
-            optimizer = torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay)
-        if self.schedule == "constant":
+            optimizer = torch.optim.AdamW(groups, self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay)
+        if self.schedule == "constant" and not self.warmup:
             return optimizer
-        steps = self.trainer.datamodule.total_steps(self.trainer.max_epochs)  # type: ignore[attr-defined]
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.lr, total_steps=steps, pct_start=0.25, cycle_momentum=self.optimizer == "adamw"
-        )
+        scheduler = rate_schedule(optimizer, self.schedule, self.total_steps(), self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

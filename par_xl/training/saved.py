@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model
+from safetensors.torch import load_model, save_model
 from torch import nn
 
 from par_xl.data import ContiguousStreams, Corpus, Vocabulary, load_vocabulary
@@ -16,6 +16,9 @@ from par_xl.models import (
     AWDLSTMConfig,
     CompressiveConfig,
     CompressiveTransformer,
+    ParConfig,
+    ParSuperNet,
+    ParTransformerXL,
     TransformerXL,
     TransformerXLConfig,
 )
@@ -23,6 +26,8 @@ from par_xl.models import (
 ARCHITECTURES: dict[str, tuple[type[nn.Module], type]] = {
     "awd-lstm": (AWDLSTM, AWDLSTMConfig),
     "compressive": (CompressiveTransformer, CompressiveConfig),
+    "par": (ParTransformerXL, ParConfig),
+    "par-supernet": (ParSuperNet, ParConfig),
     "transformer-xl": (TransformerXL, TransformerXLConfig),
 }
 
@@ -46,6 +51,14 @@ def load_run(folder: str | Path, weights: str = "best") -> tuple[Any, Vocabulary
     model = model_class(config_class(**record["model"]))
     load_model(model, folder / f"{weights}.safetensors")
     return model.eval(), load_vocabulary(folder)
+
+
+def save_run(model: nn.Module, vocabulary: Vocabulary, folder: str | Path) -> None:
+    """Write all that :func:`load_run` reads but ``result.json``."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary.save(folder)
+    save_model(model, str(folder / "best.safetensors"))
 
 
 @torch.no_grad()
