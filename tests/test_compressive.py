@@ -273,12 +273,12 @@ def test_training_run(tmp_path):
 def test_gradients_are_clipped_apart():
     from types import SimpleNamespace
 
-    from par_xl.training.compressive import ClipApart
+    from par_xl.training import ClipApart
 
     model = new_model()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     module = SimpleNamespace(model=model, parameters=model.parameters)
-    ClipApart(0.1).on_before_optimizer_step(None, module, None)
+    ClipApart(0.1, CompressiveTransformer.compression_parameters).on_before_optimizer_step(None, module, None)
     for group in parameters(model):
         assert nn.utils.get_total_norm([p.grad for p in group]).item() == pytest.approx(0.1, rel=1e-3)
