@@ -115,6 +115,17 @@ PYBIND11_MODULE(_C, m) {
                                 segment, new_compressed, new_memory, fresh_rows, rate, Compressor(mode), DType(dtype)};
         }));
     m.def("memory_update_cpu", [](const MemoryUpdate& p) { CPU(memory_update)(p); }, nogil());
+
+    py::class_<Mix>(m, "Mix").def(py::init([](std::array<Address, 9> x, int64_t rows, int64_t width, int dtype) {
+        return Mix{at(x[0]), {at(x[1]), at(x[2])}, at(x[3]), {at(x[4]), at(x[6])}, {at(x[5]), at(x[7])}, at(x[8]),
+                   rows, width, DType(dtype)};
+    }));
+    m.def("mix_parts_cpu", [](const Mix& p) { return CPU(mix_parts)(p); });
+    m.def("mix_forward_cpu", [](const Mix& p, double eps, Address out) { CPU(mix_forward)(p, eps, at(out)); }, nogil());
+    m.def("mix_backward_cpu", [](const Mix& p, Address grad, Address sums, std::array<Address, 5> d) {
+        void* const results[] = {at(d[0]), at(d[1]), at(d[2]), at(d[3]), at(d[4])};
+        CPU(mix_backward)(p, at(grad), at(sums), results);
+    }, nogil());
 #if PAR_XL_CUDA
     m.def("ar_tar_parts_cuda", &cuda::ar_tar_parts);
     m.def("ar_tar_forward_cuda", [](const ArTar& p, double alpha, double beta, Address sums, Address loss, Address scale, Address stream) {

@@ -90,6 +90,15 @@ struct MemoryUpdate {
     DType dtype;
 };
 
+// w_0 N(x + branch_0) + w_1 N(x + branch_1) + w_2 x over contiguous (rows, width); see par_xl/ops/mix.py.
+struct Mix {
+    const void *x, *branch[2];
+    const void *weights, *gamma[2], *beta[2];  // (3), (width), in fp32, or fp64 for fp64
+    void* stats;                               // (rows, 2, 2), likewise: each sum's mean and 1 / standard deviation
+    int64_t rows, width;
+    DType dtype;
+};
+
 }  // namespace par_xl
 
 // C++ kernels are compiled once per instruction set, each copy in a namespace of its own.
@@ -110,7 +119,12 @@ struct MemoryUpdate {
     void adaptive_rows(const AdaptiveRows& p);                                                 \
     void compress_forward(const Compression& p, const float* usage);                           \
     void compress_backward(const Compression& p);                                              \
-    void memory_update(const MemoryUpdate& p);
+    void memory_update(const MemoryUpdate& p);                                                 \
+    void mix_forward(const Mix& p, double eps, void* out);                                     \
+    /* sums: (mix_parts, 4, width); results: the gradients of x, the branches, the weights, and of gamma and beta of each  \
+       norm as (4, width) */                                                                   \
+    int64_t mix_parts(const Mix& p);                                                           \
+    void mix_backward(const Mix& p, const void* grad, void* sums, void* const* results);
 
 namespace par_xl::base { PAR_XL_CPU_KERNELS }
 #if PAR_XL_X86

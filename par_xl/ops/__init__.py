@@ -7,6 +7,7 @@ from par_xl.ops.adaptive_softmax import AdaptiveNLL, adaptive_nll
 from par_xl.ops.ar_tar import ArTarLoss, ar_tar_loss
 from par_xl.ops.compression import Compress, compress
 from par_xl.ops.memory_update import UpdateMemory, update_memory
+from par_xl.ops.mix import Mix, mix
 from par_xl.ops.registry import backends, build_info, use_backend
 from par_xl.ops.rel_attention import RelAttention, rel_attention
 
@@ -14,6 +15,7 @@ __all__ = [
     "AdaptiveNLL",
     "ArTarLoss",
     "Compress",
+    "Mix",
     "RelAttention",
     "UpdateMemory",
     "adaptive_nll",
@@ -21,6 +23,7 @@ __all__ = [
     "backends",
     "build_info",
     "compress",
+    "mix",
     "rel_attention",
     "update_memory",
     "use_backend",
