@@ -49,9 +49,9 @@ class SegmentDecoder:
         x = self.model.word_emb(tokens)
         for layer, cache, (rows, *biases) in zip(self.model.layers, self.caches, self.rows, strict=True):
             n_keys = len(cache) + tokens.shape[1]
-            x, k, v = layer.dec_attn.attend(x, rows[:, -n_keys:], *biases, cache.read(), None)
+            out, k, v = layer.dec_attn.attend(x, rows[:, -n_keys:], *biases, cache.read(), None)
             cache.append(k, v)
-            x = layer.pos_ff(x)
+            x = layer.pos_ff(layer.dec_attn.residual(x, out))
         self.segment = torch.cat([self.segment, tokens], 1) if self.n_read else tokens
         self.n_read += tokens.shape[1]
         if self.n_read == self.segment_length:

@@ -85,8 +85,9 @@ class Decoder:
         for layer in model.layers:
             if layer.dec_attn is not None:
                 cache, (rows, *biases) = next(states)
-                x, k, v = layer.dec_attn.attend(x, rows[:, -n_keys:], *biases, cache.read(), model.config.window)
+                out, k, v = layer.dec_attn.attend(x, rows[:, -n_keys:], *biases, cache.read(), model.config.window)
                 cache.append(k, v)
+                x = layer.dec_attn.residual(x, out)
             if layer.pos_ff is not None:
                 x = layer.pos_ff(x)
         return x

@@ -11,6 +11,7 @@ from par_xl.models.par_config import ParConfig
 from par_xl.models.transformer_xl import DecoderLayer, TransformerXL
 from par_xl.nn.rel_attention import Window
 from par_xl.nn.relaxed_one_hot import RelaxedOneHot
+from par_xl.ops.mix import mix
 
 CHOICES = "sf-"  # attention, dense, identity: the order of the weights
 
@@ -65,8 +66,7 @@ class StochasticBlock(DecoderLayer):
                 the gradient of the weights is that of ``x + weights[choice] * (branch - x)``.
         """
         if choice is None:
-            attended = self.dec_attn(x, *positions, mems=mems, window=window)
-            return weights[0] * attended + weights[1] * self.pos_ff(x) + weights[2] * x
+            return self._mixed(x, self.dec_attn.branch(x, *positions, mems=mems, window=window), weights)
         part = CHOICES[choice]
         if part == "-":
             return x
@@ -74,6 +74,13 @@ class StochasticBlock(DecoderLayer):
         if not weights.requires_grad:
             return branch
         return torch.lerp(x.to(branch.dtype), branch, weights[choice].to(branch.dtype))
+
+    def _mixed(self, x: Tensor, attended: Tensor, weights: Tensor) -> Tensor:
+        dense = self.pos_ff.branch(x)
+        if self.pos_ff.pre_lnorm:
+            return weights.sum() * x + weights[0] * attended + weights[1] * dense
+        norms = [p for part in (self.dec_attn, self.pos_ff) for p in (part.layer_norm.weight, part.layer_norm.bias)]
+        return mix(x, attended, dense, weights, *norms, eps=self.pos_ff.layer_norm.eps)
 
 
 class ParSuperNet(TransformerXL):

@@ -43,9 +43,11 @@ class PositionwiseFF(nn.Module):
         self.pre_lnorm = config.pre_lnorm
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pre_lnorm:
-            return x + self.CoreNet(self.layer_norm(x))
-        return self.layer_norm(x + self.CoreNet(x))
+        return x + self.branch(x) if self.pre_lnorm else self.layer_norm(x + self.branch(x))
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What the layer adds to ``x``."""
+        return self.CoreNet(self.layer_norm(x) if self.pre_lnorm else x)
 
 
 class DecoderLayer(nn.Module):

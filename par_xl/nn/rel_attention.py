@@ -54,9 +54,12 @@ class MemoryAttention(nn.Module):
         """``(B, H, T, D)`` to ``(B, T, H * D)``."""
         return heads.transpose(1, 2).flatten(2)
 
-    def residual(self, w: Tensor, heads: Tensor) -> Tensor:
-        """The layer's result ``(B, T, d)`` from its input and ``heads (B, H, T, D)``."""
-        out = F.dropout(self.o_net(self.merge(heads)), self.dropout, self.training)
+    def output(self, heads: Tensor) -> Tensor:
+        """What the layer adds to its input, ``(B, H, T, D)`` to ``(B, T, d)``."""
+        return F.dropout(self.o_net(self.merge(heads)), self.dropout, self.training)
+
+    def residual(self, w: Tensor, out: Tensor) -> Tensor:
+        """The layer's result from its input and :meth:`output`, ``(B, T, d)``."""
         return w + out if self.pre_lnorm else self.layer_norm(w + out)
 
     @property
@@ -89,11 +92,11 @@ class _RelMultiHeadAttn(MemoryAttention):
         memory: KeysValues | None,
         window: Window | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer with positions ``r (H, P, D)`` and a memory of keys and values: ``(result, k, v)`` of ``w``."""
+        """With positions ``r (H, P, D)`` and a memory of keys and values: ``(output, k, v)`` of ``w``."""
         q, k, v = self.split(self.qkv_net(self.normed(w)))
         options = {"memory": memory, "window": window, "scale": self.d_head**-0.5, "dropout_p": self.dropout_p}
         heads = self.attention(q, k, v, r, content_bias, position_bias, **options)
-        return self.residual(w, heads), k, v
+        return self.output(heads), k, v
 
     attention: Callable[..., Tensor] = staticmethod(rel_attention)
 
@@ -154,6 +157,19 @@ class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):
         Raises:
             ValueError: biases are missing, or there twice; what :func:`par_xl.rel_attention` refuses.
         """
+        return self.residual(w, self.branch(w, r, r_w_bias, r_r_bias, mems, window=window))
+
+    def branch(
+        self,
+        w: Tensor,
+        r: Tensor,
+        r_w_bias: Tensor | None = None,
+        r_r_bias: Tensor | None = None,
+        mems: Tensor | None = None,
+        *,
+        window: Window | None = None,
+    ) -> Tensor:
+        """What the layer adds to ``w``, ``(B, T, d)``; arguments as for :meth:`forward`."""
         memory = None if mems is None else self.keys_values(mems)
         return self.attend(w, *self.prepare(r, r_w_bias, r_r_bias), memory, window)[0]
 
@@ -190,7 +206,7 @@ class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
         """``w (B, T, d)``, ``r_emb (M + T, H, D)``, ``r_w_bias (H, D)``, ``r_bias (M + T, H)``, ``mems (B, M, d)`` to
         ``(B, T, d)``; the farthest distance comes first."""
         memory = None if mems is None else self.keys_values(mems)
-        return self.attend(w, *self.prepare(r_emb, r_w_bias, r_bias), memory, window)[0]
+        return self.residual(w, self.attend(w, *self.prepare(r_emb, r_w_bias, r_bias), memory, window)[0])
 
     def prepare(self, r_emb: Tensor, r_w_bias: Tensor, r_bias: Tensor) -> tuple[Tensor, Tensor, None]:
         """Positions ``(H, P, D + 1)`` and the content bias ``(H, D + 1)``, for :meth:`attend`."""
@@ -224,7 +240,7 @@ class MultiHeadAttn(MemoryAttention):
         (q,), (k, v) = self.split(self.q_net(w)), self.split(self.kv_net(self.normed(both)))
         visible = band(q.shape[2], k.shape[2], window, w.device)
         heads = F.scaled_dot_product_attention(q, k, v, visible, self.dropout_p, scale=self.d_head**-0.5)
-        return self.residual(w, heads)
+        return self.residual(w, self.output(heads))
 
 
 def band(n_queries: int, n_keys: int, window: Window | None, device: torch.device) -> Tensor:

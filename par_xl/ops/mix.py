@@ -188,7 +188,7 @@ def mix(
     x = x.to(dtype)
     chosen = choose(FORWARD, backend, x)
     if chosen == "eager":
-        return mix_reference(x, attended, dense, weights, *parameters.values(), eps)
+        return mix_reference(x, attended, dense, weights, gamma_0, beta_0, gamma_1, beta_1, eps)
     if chosen == "native":  # Triton's kernels read branches of another dtype as they are
         attended, dense = attended.to(dtype), dense.to(dtype)
     rows = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, attended, dense))

@@ -51,6 +51,12 @@ def _update_memory(randn: Randn) -> dict[str, Any]:
     return {"state": randn(4, 96, 256), "hidden": randn(4, 64, 256), **lengths}
 
 
+def _mix(randn: Randn) -> dict[str, Any]:
+    x, attended, dense = (randn(4, 64, 256) for _ in range(3))
+    norms = {name: randn(256) for name in ("gamma_0", "beta_0", "gamma_1", "beta_1")}
+    return {"x": x, "attended": attended, "dense": dense, "weights": randn(3), **norms}
+
+
 # Public function and an input for every op, by the name of its registered ops.
 OPS: dict[str, tuple[Callable, Case]] = {
     "ar_tar": (par_xl.ar_tar_loss, _ar_tar),
@@ -58,6 +64,7 @@ OPS: dict[str, tuple[Callable, Case]] = {
     "adaptive_nll": (par_xl.adaptive_nll, _adaptive_nll),
     "compress": (par_xl.compress, _compress),
     "memory_update": (par_xl.update_memory, _update_memory),
+    "mix": (par_xl.mix, _mix),
 }
 
 
