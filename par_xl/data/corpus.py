@@ -88,7 +88,7 @@ def load_corpus(source: str | os.PathLike, *, cache_dir: str | os.PathLike | Non
     files = _find_files(Path(pieces[3] if pieces else source))
     size, lowercase = (int(pieces[2] or _PIECES), bool(pieces[1])) if pieces else (0, False)
     key = f"{size} pieces, {lowercase=}" if pieces else "words"
-    cached = _cache_path(files, key, Path(cache_dir) if cache_dir is not None else _default_cache_dir())
+    cached = _cache_path(files, key, Path(cache_dir) if cache_dir is not None else default_cache_dir())
     if not cached.exists():
         _write_atomically(cached, _encode_pieces(files, size, lowercase) if pieces else _encode_words(files))
     loaded = torch.load(cached, weights_only=True)
@@ -147,7 +147,7 @@ def _encode_pieces(files: dict[str, Path], size: int, lowercase: bool) -> dict[s
     return {"vocabulary": vocabulary.words, "model": vocabulary.model, "words": words, **splits}
 
 
-def _default_cache_dir() -> Path:
+def default_cache_dir() -> Path:
     if chosen := os.environ.get("PAR_XL_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "par_xl"

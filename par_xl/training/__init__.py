@@ -13,6 +13,7 @@ from par_xl.training.data_module import LanguageModelData
 from par_xl.training.fit import Recipe, fit
 from par_xl.training.history import History, plot_losses
 from par_xl.training.language_model import LanguageModel
+from par_xl.training.latency import LatencyPenalty, block_seconds, measure_blocks
 from par_xl.training.nt_asgd import NTASGD
 from par_xl.training.options import override, read_option
 from par_xl.training.par import PAR_RECIPES, ParRecipe, train_par
@@ -41,6 +42,7 @@ __all__ = [
     "History",
     "LanguageModel",
     "LanguageModelData",
+    "LatencyPenalty",
     "NTASGD",
     "PAR_RECIPES",
     "ParRecipe",
@@ -57,9 +59,11 @@ __all__ = [
     "TRANSFORMER_XL_RECIPES",
     "TransformerXLRecipe",
     "animate_architecture",
+    "block_seconds",
     "evaluate",
     "fit",
     "load_run",
+    "measure_blocks",
     "override",
     "plot_architecture",
     "plot_losses",

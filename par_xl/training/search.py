@@ -19,6 +19,7 @@ from par_xl.training.clip_apart import ClipApart
 from par_xl.training.fit import Recipe, fit
 from par_xl.training.history import History
 from par_xl.training.language_model import Batch, LanguageModel
+from par_xl.training.latency import LatencyPenalty, block_seconds
 from par_xl.training.schedules import TemperatureSchedule, one_of, temperature_at
 
 
@@ -35,6 +36,9 @@ class SearchRecipe(Recipe):
         architecture_share: of the steps after that, spread evenly, those in which the architecture learns too.
         held_out: the share of the train split, its end, that only the architecture learns from, on batches of its own
             (Liu et al.: DARTS, first order); 0: it learns from the batches of the weights.
+        latency_target: the share of the all-attention network's time, measured on this device, above which the
+            architecture is penalised (:class:`LatencyPenalty`); 0 does not measure.
+        latency_weight: of the penalty, beside the loss in nats a token.
         patience: stop after so many validations in a row with the same derived pattern, the frozen ones not counted; 0
             does not stop.
 
@@ -53,6 +57,8 @@ class SearchRecipe(Recipe):
     freeze: int = 0
     architecture_share: float = 0.2
     held_out: float = 0.0
+    latency_target: float = 0.0
+    latency_weight: float = 1.0
     patience: int = 0
 
     def __post_init__(self) -> None:
@@ -64,6 +70,9 @@ class SearchRecipe(Recipe):
             raise ValueError(f"held_out must be at least 0 and below 1, not {self.held_out}")
         if self.freeze < 0 or self.patience < 0:
             raise ValueError(f"freeze and patience must not be negative, not {self.freeze} and {self.patience}")
+        if self.latency_target < 0 or self.latency_weight < 0:
+            given = f"{self.latency_target} and {self.latency_weight}"
+            raise ValueError(f"latency_target and latency_weight must not be negative, not {given}")
 
     def architecture_learns(self, step: int) -> bool:
         """Whether step ``step``, counted from 0, updates the architecture."""
@@ -80,7 +89,8 @@ class ArchitectureSearch(LanguageModel):
     parameter, and one without a gradient is left alone, so that groups are optimisers of their own, behind one
     backward, one gradient scaler and one checkpoint. The learning rates of both follow the schedule.
 
-    Logs ``temperature`` and each block's probabilities beside what :class:`LanguageModel` logs.
+    Logs ``temperature``, each block's probabilities and, with a target, the expected ``latency`` as a share of the
+    all-attention network's, beside what :class:`LanguageModel` logs.
 
     Args:
         model: the SuperNet.
@@ -93,6 +103,8 @@ class ArchitectureSearch(LanguageModel):
     def __init__(self, model: ParSuperNet, recipe: SearchRecipe, held_out: Tensor | None = None):
         super().__init__(model, **recipe.optimization())
         self.recipe, self.held_out = recipe, held_out
+        self.latency: LatencyPenalty | None = None
+        self._block_seconds: list[float] = []
         self._held_out_memory: Any = None
         self._held_out_state: dict[str, Any] | None = None
         self._held_out_batches: Iterator[Batch] | None = None
@@ -111,6 +123,18 @@ class ArchitectureSearch(LanguageModel):
             steps = self.total_steps()
             raise ValueError(f"freeze must be below the number of steps, {steps}, not {self.recipe.freeze}")
         self._held_out_memory = move_data_to_device(self._held_out_memory, self.device)
+        if self.recipe.latency_target:
+            self._block_seconds = self._block_seconds or self._measured()
+            self.latency = LatencyPenalty(self._block_seconds, self.recipe.latency_target, self.recipe.latency_weight)
+
+    def _measured(self) -> list[float]:
+        """What the first rank measures, or finds in its table; a resumed search goes on with what it began with."""
+        seconds: list[float] = []
+        if self.trainer.is_global_zero:
+            r, precision = self.recipe, self.trainer.precision_plugin
+            with precision.forward_context():
+                seconds = block_seconds(self.model, r.batch_size, r.bptt, precision=str(precision.precision))
+        return self.trainer.strategy.broadcast(seconds)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         r = self.recipe
@@ -127,9 +151,14 @@ class ArchitectureSearch(LanguageModel):
             assert output.loss is not None
             self.log("held_out_loss", output.loss)
             loss = loss + output.loss
+        if self.latency is not None and self.recipe.architecture_learns(self.global_step):
+            loss = loss + self.latency(self.model.probabilities())
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("temperature", self.model.temperature)
-            for i, row in enumerate(self.model.probabilities().detach()):
+            probabilities = self.model.probabilities().detach()
+            if self.latency is not None:
+                self.log("latency", self.latency.share(probabilities))
+            for i, row in enumerate(probabilities):
                 names = (f"block{i + 1}/{choice}" for choice in ("attention", "dense", "identity"))
                 self.log_dict(dict(zip(names, row, strict=True)))
         return loss
@@ -155,6 +184,8 @@ class ArchitectureSearch(LanguageModel):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        if self._block_seconds:
+            checkpoint["block_seconds"] = self._block_seconds
         if self._held_out_batches is not None:
             checkpoint["held_out_position"] = self._held_out_streams.state_dict()
             memory = move_data_to_device(self._held_out_memory, "cpu")
@@ -162,6 +193,7 @@ class ArchitectureSearch(LanguageModel):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self._block_seconds = checkpoint.get("block_seconds", [])
         if "held_out_position" in checkpoint:
             self._held_out_state = checkpoint["held_out_position"]
             self._held_out_memory = of_this_rank(checkpoint["held_out_memory"], self.trainer)
