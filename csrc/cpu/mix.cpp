@@ -131,7 +131,7 @@ void finish(const Mix& p, const A* sums, A* d_weights, A* d_parameters) {
     for (int k = 0; k < 3; ++k) d_weights[k] = A(d_w[k]);
 }
 
-// Calls f(part, first row, end) for every part, in parallel; `tensors`: how many are read and written.
+// Calls f(part, first row, end) for every part, in parallel; `bytes`: what the call reads and writes.
 template <class F>
 void for_each_part(const Mix& p, int64_t bytes, F&& f) {
     const int64_t length = rows_of_a_part(p), count = mix_parts(p);
