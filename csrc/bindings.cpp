@@ -126,6 +126,14 @@ PYBIND11_MODULE(_C, m) {
         void* const results[] = {at(d[0]), at(d[1]), at(d[2]), at(d[3]), at(d[4])};
         CPU(mix_backward)(p, at(grad), at(sums), results);
     }, nogil());
+
+    m.def("dropout_cpu", [](Address x, Address y, Address seed, int64_t size, int64_t plane, int dtype, uint32_t threshold,
+                            double scale, bool relu) {
+        CPU(dropout)({at(x), at(y), at<const int64_t>(seed), size, plane, DType(dtype), threshold, scale}, relu);
+    }, nogil());
+    m.def("relu_dropout_backward_cpu", [](Address grad, Address out, Address dx, int64_t size, int dtype, double scale) {
+        CPU(relu_dropout_backward)(at(grad), at(out), at(dx), size, DType(dtype), scale);
+    }, nogil());
 #if PAR_XL_CUDA
     m.def("ar_tar_parts_cuda", &cuda::ar_tar_parts);
     m.def("ar_tar_forward_cuda", [](const ArTar& p, double alpha, double beta, Address sums, Address loss, Address scale, Address stream) {

@@ -99,6 +99,17 @@ struct Mix {
     DType dtype;
 };
 
+// y = dropout of x, both contiguous; see par_xl/ops/dropout.py.
+struct Dropout {
+    const void* x;
+    void* y;
+    const int64_t* seed;
+    int64_t size, plane;
+    DType dtype;
+    uint32_t threshold;
+    double scale;
+};
+
 }  // namespace par_xl
 
 // C++ kernels are compiled once per instruction set, each copy in a namespace of its own.
@@ -124,7 +135,9 @@ struct Mix {
     /* sums: (mix_parts, 4, width); results: the gradients of x, the branches, the weights, and of gamma and beta of each  \
        norm as (4, width) */                                                                   \
     int64_t mix_parts(const Mix& p);                                                           \
-    void mix_backward(const Mix& p, const void* grad, void* sums, void* const* results);
+    void mix_backward(const Mix& p, const void* grad, void* sums, void* const* results);                    \
+    void dropout(const Dropout& p, bool relu);                                                 \
+    void relu_dropout_backward(const void* grad, const void* out, void* dx, int64_t size, DType dtype, double scale);
 
 namespace par_xl::base { PAR_XL_CPU_KERNELS }
 #if PAR_XL_X86

@@ -1,179 +1,126 @@
-"""par_xl.nn's dropouts: what is dropped, for how long, with which scale; and that WeightDrop leaves no trace."""
-
-import copy
-import pickle
-import warnings
+"""dropout: the shared checks, the mask's statistics, and that it equals torch's dropout up to the mask."""
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
 
-from par_xl.nn import EmbeddingDropout, LockedDropout, WeightDrop
+import par_xl
+from par_xl.machine_code import compile_launches
+from par_xl.ops.dropout import plane
+from par_xl.testing import OpChecks, peak_memory
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_locked_dropout_has_one_mask_for_all_time_steps(batch_first):
-    dropout = LockedDropout(0.4, batch_first=batch_first)
-    time = 1 if batch_first else 0
-    y = dropout(torch.ones(40, 40, 50))
-    assert torch.equal(y, y.select(time, 0).unsqueeze(time).expand_as(y))
-    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.6).item()}
-    assert not torch.equal(y.select(1 - time, 0), y.select(1 - time, 1))  # each sequence has its own mask
-    assert abs(y.mean() - 1) < 0.1
+SEED = torch.tensor([0x123456789ABCDEF])
 
 
-def test_locked_dropout_is_dropout1d_over_features():
-    x = torch.randn(3, 5, 7, requires_grad=True)
-    y = LockedDropout(0.5)(x)
-    torch.manual_seed(0)
-    torch.randn(3, 5, 7)
-    assert torch.equal(y, nn.Dropout1d(0.5)(x.transpose(1, 2)).transpose(1, 2))
-    y.sum().backward()
-    assert torch.equal(x.grad, (y / x).detach().round())
+def case(*shape, **options):
+    return lambda randn: dict(x=randn(*shape), seed=SEED, **{"p": 0.3, **options})
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_locked_dropout_keeps_the_dtype_and_is_nothing_in_evaluation(dtype):
-    x = torch.randn(2, 3, 4, dtype=dtype)
-    assert LockedDropout(0.5)(x).dtype == dtype
-    assert LockedDropout(0.5).eval()(x) is x and LockedDropout(0.0)(x) is x
+class TestDropout(OpChecks):
+    ops = ("dropout_forward", "dropout_backward")
+    call = staticmethod(par_xl.dropout)
+    cases = {
+        "relu": case(3, 70, 65, relu=True),
+        "plain": case(3, 70, 65),
+        "one": case(1),
+        "63": case(63, p=0.9),
+        "500": case(500, relu=True, p=1e-3),
+        "empty": case(2, 0, 4),
+        "many-blocks": case(9, 1031),
+    }
+    gradcheck_cases = {"relu": case(3, 30, relu=True), "plain": case(3, 30)}
+    bad_input = {
+        "p": (dict(p=1.0), ValueError, "p must lie in [0, 1), not 1.0"),
+        "seed-shape": (dict(seed=torch.zeros(2, dtype=torch.int64)), ValueError, "seed must have shape (1,), not (2,)"),
+        "seed-dtype": (dict(seed=torch.zeros(1)), TypeError, "seed must be int64, not torch.float32"),
+        "integers": (dict(x=torch.ones(3, dtype=torch.int64)), TypeError, "x must be floating point, not torch.int64"),
+    }
+
+    def test_mask_does_not_depend_on_the_backend_or_on_what_is_dropped(self, backend):
+        x = torch.rand(10_000) + 1
+        masks = [
+            par_xl.dropout(x, relu=relu, seed=SEED, backend=b) != 0
+            for b in ("eager", backend)
+            for relu in (True, False)
+        ]
+        assert all(torch.equal(mask, masks[0]) for mask in masks)
+
+    def test_equals_torch_up_to_the_mask(self, backend):
+        """Also for what is not a number: torch's ReLU lets a NaN and its gradient pass."""
+        x = torch.randn(4, 100)
+        x[0, :6] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, torch.nan])
+        x.requires_grad_()
+        for relu in (False, True):
+            y = par_xl.dropout(x, 0.25, relu=relu, seed=SEED, backend=backend)
+            kept = par_xl.dropout(torch.ones_like(x), 0.25, seed=SEED, backend=backend) != 0
+            wanted = torch.where(kept, (F.relu(x) if relu else x) / 0.75, 0.0)
+            torch.testing.assert_close(y, wanted, equal_nan=True)
+            gradients = (torch.autograd.grad(out.nansum(), x)[0] for out in (y, wanted))
+            got, expected = (torch.where(x.isfinite() & kept, g, 0.0) for g in gradients)
+            torch.testing.assert_close(got, expected)
+
+    def test_keeps_no_mask(self, backend):
+        if backend == "triton":
+            pytest.skip("the interpreter's own memory is not torch's")
+        x = torch.randn(1 << 18, requires_grad=True)
+        for relu in (False, True):
+            assert peak_memory(lambda relu=relu: par_xl.dropout(x, 0.1, relu=relu), x.device) <= x.nbytes + 1024
+
+    def test_bits_do_not_depend_on_the_threads(self):
+        x, threads, seen = torch.randn(200_000), torch.get_num_threads(), []
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            seen.append(par_xl.dropout(x, seed=SEED, backend="native"))
+        torch.set_num_threads(threads)
+        assert torch.equal(*seen)
 
 
-def test_embedding_dropout_drops_whole_words():
-    embedding = EmbeddingDropout(50, 8, 0.4)
-    assert list(embedding.state_dict()) == ["weight"]
-    tokens = torch.randint(50, (16, 20))
-    y = embedding(tokens)
-    scale = (y / embedding.weight[tokens]).detach()
-    for word in tokens.unique():
-        of_word = scale[tokens == word]
-        assert torch.allclose(of_word, of_word[0, 0].expand_as(of_word), atol=1e-5)
-        assert of_word[0, 0] == 0 or abs(of_word[0, 0] - 1 / 0.6) < 1e-5
-    assert 0 < (scale == 0).double().mean() < 1
-    y.sum().backward()
-    counts = torch.bincount(tokens.flatten(), scale.mean(-1).flatten().double(), minlength=50)
-    torch.testing.assert_close(embedding.weight.grad, counts.float()[:, None].expand(50, 8))
-    assert torch.equal(embedding.eval()(tokens), embedding.weight[tokens])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.97])
+def test_statistics(p):
+    """Frequency overall and by word, and independence of neighbours, of words and of calls, within 4.5 sigma."""
+    n = 400_000
+    first, second = (par_xl.dropout(torch.ones(n), p) != 0 for _ in range(2))
+
+    def near(samples, expected, variance):
+        assert abs(samples.double().mean().item() - expected) < 4.5 * (variance / len(samples)) ** 0.5
+
+    q = 1 - p
+    near(first, q, p * q)
+    for word in first.split(plane(n)):
+        near(word, q, p * q)
+    both = q * q
+    for pair in (first[1:] & first[:-1], first[: n // 2] & first[plane(n) :][: n // 2], first & second):
+        near(pair, both, both * (1 - both) * 3)  # neighbouring pairs share an element: at most three times the variance
 
 
-def make(kind=nn.LSTM, p=0.5, **options):
-    module = kind(6, 8, batch_first=True, **options)
-    return copy.deepcopy(module), WeightDrop(module, p)
+def test_nothing_is_dropped_when_there_is_nothing_to_drop():
+    x = torch.randn(5)
+    before = torch.get_rng_state()
+    assert par_xl.dropout(x, 0.5, False) is x and par_xl.dropout(x, 0.0) is x
+    assert torch.equal(par_xl.dropout(x, 0.5, training=False, relu=True), F.relu(x))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_weight_drop_evaluates_with_the_raw_weights(kind):
-    plain, dropped = make(kind)
-    x = torch.randn(3, 5, 6)
-    expected, state = plain(x)
-    got, got_state = dropped.eval()(x)
-    assert torch.equal(got, expected)
-    again = dropped(x, got_state)[0]
-    assert torch.equal(again, plain(x, state)[0]) and not torch.equal(again, got)
+def test_the_mask_follows_torchs_generator():
+    x = torch.randn(300)
+    for backend in ("eager", "auto"):
+        first, other, again = ((torch.manual_seed(seed), par_xl.dropout(x, backend=backend))[1] for seed in (1, 2, 1))
+        assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_weight_drop_is_the_lstm_with_a_dropped_recurrent_matrix():
-    plain, dropped = make()
-    x = torch.randn(3, 5, 6)
-    torch.manual_seed(7)
-    got = dropped(x)[0]
-    torch.manual_seed(7)
-    mask = nn.functional.dropout(torch.ones(32, 8), 0.5)
-    raw = dropped.module.weight_hh_l0_raw
-    plain.weight_hh_l0.data = raw.data * mask
-    assert torch.equal(got, plain(x)[0])
-    got.square().sum().backward()
-    plain(x)[0].square().sum().backward()
-    torch.testing.assert_close(raw.grad, plain.weight_hh_l0.grad * mask)
-    torch.testing.assert_close(dropped.module.weight_ih_l0.grad, plain.weight_ih_l0.grad)
-    assert not torch.equal(got, dropped(x)[0])  # a new mask at each call
+def launches():
+    from par_xl.kernels import dropout
+
+    for dtype in (torch.bfloat16, torch.float32):
+        x, y, grad = torch.empty(3, 4096, 64, dtype=dtype).unbind()
+        for relu in (False, True):
+            dropout.forward(x, torch.empty(1, dtype=torch.int64), y, plane(x.numel()), 1000, 1.1, relu, 7)
+        dropout.relu_backward(grad, y, x, 1.1)
 
 
-def test_weight_drop_names_its_parameters_as_awd_lstm_does():
-    _, dropped = make()
-    names = {"weight_ih_l0", "weight_hh_l0_raw", "bias_ih_l0", "bias_hh_l0"}
-    assert set(dropped.state_dict()) == {f"module.{name}" for name in names}
-    assert len(list(dropped.parameters())) == 4
-
-
-def test_weight_drop_survives_what_is_done_to_modules():
-    _, dropped = make()
-    x = torch.randn(3, 5, 6)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        dropped(x)[0].sum().backward()
-        for other in (copy.deepcopy(dropped), pickle.loads(pickle.dumps(dropped))):
-            assert torch.equal(other.eval()(x)[0], copy.deepcopy(dropped).eval()(x)[0])
-            with torch.no_grad():
-                other.module.weight_hh_l0_raw.zero_()
-            assert not torch.equal(other(x)[0], copy.deepcopy(dropped).eval()(x)[0])  # a copy shares nothing
-        assert copy.deepcopy(dropped).double()(x.double())[0].dtype == torch.float64
-        assert copy.deepcopy(dropped).bfloat16()(x.bfloat16())[0].dtype == torch.bfloat16
-        zeroed = {name: torch.zeros_like(weight) for name, weight in dropped.state_dict().items()}
-        assert not torch.func.functional_call(dropped, zeroed, (x,))[0].any()
-        loaded = make()[1]
-        loaded.load_state_dict(dropped.state_dict())
-        assert torch.equal(loaded.eval()(x)[0], dropped.eval()(x)[0])
-
-
-def test_weight_drop_in_bf16_autocast():
-    _, dropped = make()
-    x = torch.randn(3, 5, 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, state = dropped(x)
-        y, _ = dropped(x, state)
-    assert y.dtype == torch.bfloat16
-    y.float().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in dropped.parameters())
-
-
-def test_one_chunk_has_cudnns_layout_and_the_gradients_of_separate_weights():
-    """cuDNN checks addresses: one storage from its start, matrices in order, then biases."""
-    _, dropped = make(num_layers=2)
-    weights = [dropped._weight(name) for name in dropped._names]
-    chunk = dropped._in_one_chunk(weights)
-    assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(weights, chunk, strict=True))
-    offsets = {name: view.storage_offset() for name, view in zip(dropped._names, chunk, strict=True)}
-    assert sorted(offsets, key=offsets.get) == [
-        f"{kind}_l{layer}" for kinds in (("weight_ih", "weight_hh"), ("bias_ih", "bias_hh"))
-        for layer in range(2) for kind in kinds
-    ]  # fmt: skip
-    assert min(offsets.values()) == 0 and len({view.untyped_storage().data_ptr() for view in chunk}) == 1
-    gradients = torch.autograd.grad(sum(view.square().sum() for view in chunk), weights)
-    assert all(torch.equal(g, 2 * w) for g, w in zip(gradients, weights, strict=True))
-
-
-def test_weight_drop_under_compile():
-    _, dropped = make(p=0.0)
-    x = torch.randn(3, 5, 6)
-    torch.testing.assert_close(torch.compile(dropped)(x)[0], dropped(x)[0])
-
-
-@pytest.mark.gpu
-def test_weight_drop_on_cudnn_without_warnings():
-    plain, dropped = make()
-    plain, dropped, x = plain.cuda(), dropped.cuda(), torch.randn(3, 5, 6, device="cuda")
-    with warnings.catch_warnings(), torch.profiler.profile() as profile:
-        warnings.simplefilter("error")
-        dropped(x)[0].sum().backward()
-    assert any("_cudnn_rnn" in event.key for event in profile.key_averages())
-    torch.testing.assert_close(dropped.eval()(x)[0], plain(x)[0])
-
-
-def test_bad_arguments_are_named():
-    with pytest.raises(TypeError, match="nn.LSTM.*Linear"):
-        WeightDrop(nn.Linear(2, 2))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="weight_hh_l1"):
-        WeightDrop(nn.LSTM(2, 2), weights=["weight_hh_l1"])
-    for make_bad in (
-        lambda: LockedDropout(1.5),
-        lambda: EmbeddingDropout(3, 2, -0.1),
-        lambda: WeightDrop(nn.LSTM(2, 2), 2),
-    ):
-        with pytest.raises(ValueError, match="between 0 and 1"):
-            make_bad()
+def test_triton_machine_code():
+    """No spills, and 16-byte loads and stores."""
+    compiled = compile_launches("test_dropout:launches")
+    assert {one.kernel for one in compiled} == {"_dropout", "_relu_backward"}
+    for one in compiled:
+        assert one.stack == 0 and "LDG.E.128" in one.sass and "STG.E.128" in one.sass, one.kernel

@@ -6,6 +6,7 @@ Each file reads top to bottom: maths, reference, schema and fake, backends, auto
 from par_xl.ops.adaptive_softmax import AdaptiveNLL, adaptive_nll
 from par_xl.ops.ar_tar import ArTarLoss, ar_tar_loss
 from par_xl.ops.compression import Compress, compress
+from par_xl.ops.dropout import Dropout, dropout
 from par_xl.ops.memory_update import UpdateMemory, update_memory
 from par_xl.ops.mix import Mix, mix
 from par_xl.ops.registry import backends, build_info, use_backend
@@ -16,6 +17,7 @@ __all__ = [
     "ArTarLoss",
     "Compress",
     "Mix",
+    "Dropout",
     "RelAttention",
     "UpdateMemory",
     "adaptive_nll",
@@ -24,6 +26,7 @@ __all__ = [
     "build_info",
     "compress",
     "mix",
+    "dropout",
     "rel_attention",
     "update_memory",
     "use_backend",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from par_xl.ops.philox import draw_seed, philox
 from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only
 
 UNLIMITED = 2**31 - 1  # a window without an end
@@ -50,18 +51,9 @@ def masked_scores(
 
 
 def dropout_keep(seed: Tensor, offset: Tensor, dropout_p: float) -> Tensor:
-    """Whether dropout keeps the element at a 64-bit ``offset``, as Triton does: ``tl.rand(seed, offset) >= dropout_p``.
-
-    Philox4x32-10 with the seed as key and the offset as counter (Salmon et al., SC 2011), in int64 arithmetic.
-    """
-    low = 0xFFFFFFFF
-    c0, c1, c2, c3 = offset & low, offset >> 32, torch.zeros_like(offset), torch.zeros_like(offset)
-    k0, k1 = seed & low, (seed >> 32) & low
-    for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # the 64-bit products; their sign bit is only one more bit
-        c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    uniform = torch.where(c0 < 2**31, c0, low - c0).float() * 4.6566127342e-10
+    """Whether dropout keeps the element at a 64-bit ``offset``, as Triton does: ``tl.rand(seed, offset) >= dropout_p``."""
+    c0 = philox(seed, offset)[0]
+    uniform = torch.where(c0 < 2**31, c0, 0xFFFFFFFF - c0).float() * 4.6566127342e-10
     return uniform >= dropout_p
 
 
@@ -367,7 +359,7 @@ def rel_attention(
     if key_lengths is not None:
         _check_key_lengths(key_lengths, q)
         key_lengths = key_lengths.long().contiguous()
-    seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
+    seed = draw_seed(q.device) if dropout_p > 0 else None
     options = left, right, scale, float(dropout_p)
     chosen = choose(FORWARD, backend, q)
     given = q, k, v, r, content_bias, position_bias, k_memory, v_memory
