@@ -14,6 +14,7 @@ from par_xl.models.output import ModelOutput
 from par_xl.models.transformer_xl_config import TransformerXLConfig
 from par_xl.nn.adaptive_embedding import AdaptiveEmbedding
 from par_xl.nn.adaptive_softmax import ProjectedAdaptiveLogSoftmax
+from par_xl.nn.dropout import Dropout
 from par_xl.nn.positions import distances, sinusoids
 from par_xl.nn.rel_attention import (
     MultiHeadAttn,
@@ -34,10 +35,10 @@ class PositionwiseFF(nn.Module):
         super().__init__()
         self.CoreNet = nn.Sequential(
             nn.Linear(config.d_model, config.d_inner),
-            nn.ReLU(inplace=True),
-            nn.Dropout(config.dropout),
+            nn.Identity(),  # upstream's ReLU, which is in the next module
+            Dropout(config.dropout, relu=True),
             nn.Linear(config.d_inner, config.d_model),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
         )
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
         self.pre_lnorm = config.pre_lnorm
@@ -101,7 +102,7 @@ class TransformerXL(nn.Module):
         self.config = config
         c = config
         self.word_emb = AdaptiveEmbedding(c.vocab_size, c.d_embed, c.d_model, c.cutoffs, c.div_val)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
         self.layers: Any = nn.ModuleList(self._make_layers())
         self.n_memory_layers = sum(layer.dec_attn is not None for layer in self.layers)
         self.crit = ProjectedAdaptiveLogSoftmax(

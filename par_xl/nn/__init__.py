@@ -12,7 +12,7 @@ from par_xl.nn.compression_losses import (
     reduce_layers,
 )
 from par_xl.nn.compressive_memory import CompressiveMemory, Compressor
-from par_xl.nn.dropout import EmbeddingDropout, LockedDropout, WeightDrop
+from par_xl.nn.dropout import Dropout, EmbeddingDropout, LockedDropout, WeightDrop
 from par_xl.nn.positions import sinusoids
 from par_xl.nn.regularization import ActivationRegularization
 from par_xl.nn.rel_attention import MultiHeadAttn, RelLearnableMultiHeadAttn, RelPartialLearnableMultiHeadAttn
@@ -27,6 +27,7 @@ __all__ = [
     "AutoEncodingLoss",
     "CompressiveMemory",
     "Compressor",
+    "Dropout",
     "EmbeddingDropout",
     "LockedDropout",
     "MultiHeadAttn",

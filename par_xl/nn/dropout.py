@@ -1,4 +1,4 @@
-"""The three dropouts of AWD-LSTM: over activations, recurrent weights and words.
+"""Dropout on :func:`par_xl.dropout`, and the three of AWD-LSTM: over activations, recurrent weights and words.
 
 Merity, Keskar, Socher: Regularizing and Optimizing LSTM Language Models (arXiv 1708.02182), section 4.
 """
@@ -10,11 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from par_xl.ops.dropout import dropout
+
 
 def _check_probability(p: float) -> float:
     if not 0 <= p <= 1:
         raise ValueError(f"p must be a probability, between 0 and 1, not {p}")
     return p
+
+
+class Dropout(nn.Dropout):
+    """``nn.Dropout(p)``, or with ``relu`` ``nn.Sequential(nn.ReLU(), nn.Dropout(p))``, on :func:`par_xl.dropout`."""
+
+    def __init__(self, p: float = 0.5, *, relu: bool = False):
+        super().__init__(p)
+        self.relu = relu
+
+    def forward(self, input: Tensor) -> Tensor:
+        return dropout(input, self.p, self.training, relu=self.relu)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, relu={self.relu}"
 
 
 class LockedDropout(nn.Module):
@@ -108,7 +124,7 @@ class WeightDrop(nn.Module):
     def _weight(self, name: str) -> Tensor:
         if name not in self.weights:
             return getattr(self.module, name)
-        return F.dropout(getattr(self.module, f"{name}_raw"), self.p, self.training)
+        return dropout(getattr(self.module, f"{name}_raw"), self.p, self.training)
 
     def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
         rnn = self.module

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from par_xl.ops.dropout import dropout
 from par_xl.ops.rel_attention import rel_attention
 
 Window = tuple[int | None, int | None]
@@ -56,7 +57,7 @@ class MemoryAttention(nn.Module):
 
     def output(self, heads: Tensor) -> Tensor:
         """What the layer adds to its input, ``(B, H, T, D)`` to ``(B, T, d)``."""
-        return F.dropout(self.o_net(self.merge(heads)), self.dropout, self.training)
+        return dropout(self.o_net(self.merge(heads)), self.dropout, self.training)
 
     def residual(self, w: Tensor, out: Tensor) -> Tensor:
         """The layer's result from its input and :meth:`output`, ``(B, T, d)``."""

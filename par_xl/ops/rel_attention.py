@@ -51,7 +51,7 @@ def masked_scores(
 
 
 def dropout_keep(seed: Tensor, offset: Tensor, dropout_p: float) -> Tensor:
-    """Whether dropout keeps the element at a 64-bit ``offset``, as Triton does: ``tl.rand(seed, offset) >= dropout_p``."""
+    """Whether dropout keeps the element at a 64-bit ``offset``: Triton's ``tl.rand(seed, offset) >= dropout_p``."""
     c0 = philox(seed, offset)[0]
     uniform = torch.where(c0 < 2**31, c0, 0xFFFFFFFF - c0).float() * 4.6566127342e-10
     return uniform >= dropout_p

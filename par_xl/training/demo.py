@@ -57,6 +57,10 @@ def _mix(randn: Randn) -> dict[str, Any]:
     return {"x": x, "attended": attended, "dense": dense, "weights": randn(3), **norms}
 
 
+def _dropout(randn: Randn) -> dict[str, Any]:
+    return {"x": randn(256, 500), "p": 0.1, "relu": True, "seed": torch.tensor([1])}
+
+
 # Public function and an input for every op, by the name of its registered ops.
 OPS: dict[str, tuple[Callable, Case]] = {
     "ar_tar": (par_xl.ar_tar_loss, _ar_tar),
@@ -65,6 +69,7 @@ OPS: dict[str, tuple[Callable, Case]] = {
     "compress": (par_xl.compress, _compress),
     "memory_update": (par_xl.update_memory, _update_memory),
     "mix": (par_xl.mix, _mix),
+    "dropout": (par_xl.dropout, _dropout),
 }
 
 
