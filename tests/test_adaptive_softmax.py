@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import par_xl
-from par_xl.machine_code import compile_launches
+from par_xl.machine_code import compile_launches, cuda_kernels
 from par_xl.testing import OpChecks, assert_capturable, leaves, make_inputs, run
 
 V, CUTOFFS = 97, [30, 50]
@@ -117,6 +117,32 @@ class TestAdaptiveNLL(OpChecks):
             torch.cuda.synchronize()
             par_xl.adaptive_nll(**inputs, backend=backend)
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_bad_target_is_found_by_the_backward(self, compiled, backend):
+        inputs = make_inputs(torch_layout(21, reduction="mean"), torch.float32, "cuda")
+        inputs["target"][3] = 5 * V
+        call = torch.compile(self.on(backend)) if compiled else self.on(backend)
+        loss = call(**inputs)
+        torch.cuda.synchronize()
+        with pytest.raises(ValueError, match=f"between 0 and 96 or be .*, not {5 * V}"):
+            loss.backward()
+            par_xl.adaptive_nll(**inputs, backend=backend)  # where a compiled backward does not look
+
+    @pytest.mark.gpu
+    def test_bad_target_of_a_replayed_graph(self, backend):
+        inputs = make_inputs(torch_layout(21), torch.float32, "cuda")
+        self.on(backend)(**inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            nll = self.on(backend)(**inputs)
+        inputs["target"][3] = -7
+        graph.replay()
+        torch.cuda.synchronize()
+        assert nll.isnan().nonzero().flatten().tolist() == [3]
+        with pytest.raises(ValueError, match="not -7"):
+            self.on(backend)(**inputs)
+
     @pytest.mark.parametrize("ignore_index", [-100, 3, 40, 1000])
     def test_ignore_index(self, ignore_index, backend, device):
         """Anywhere, inside the vocabulary too: what is left is as if the ignored tokens were not there."""
@@ -133,6 +159,18 @@ class TestAdaptiveNLL(OpChecks):
         assert (nll[~kept] == 0).all() and (nll[kept] > 0).all()
         (d_input,) = torch.autograd.grad(nll.sum(), inputs["input"])
         assert (d_input[~kept] == 0).all()
+
+    @pytest.mark.parametrize("workspace", [None, 0])
+    def test_tables_stored_by_columns(self, workspace, backend, device):
+        inputs = make_inputs(torch_layout(21, bias=False, workspace=workspace), torch.float32, device)
+        turned = lambda t: t.detach().t().contiguous().t().requires_grad_()  # noqa: E731
+        inputs.update(input=turned(inputs["input"]), weights=[turned(w) for w in inputs["weights"]])
+        got, wanted = (
+            torch.autograd.grad(self.on(b)(**inputs).sum(), [inputs["input"], *inputs["weights"]])
+            for b in (backend, "eager")
+        )
+        for x, y in zip(got, wanted, strict=True):
+            torch.testing.assert_close(x, y)
 
     def test_empty_tails_have_zero_gradients(self, backend, device):
         """Not None, which DDP waits for in vain (fairseq refuses it for that)."""
@@ -230,6 +268,23 @@ class TestAdaptiveNLL(OpChecks):
         assert_capturable(lambda: run(self.on(backend), inputs)[1])
 
 
+def test_a_bad_target_is_reported_late(monkeypatch):
+    """A GPU's course of a bad target, in the interpreter: NaN for its token, then one error, then none."""
+    monkeypatch.setattr("par_xl.ops.adaptive_softmax.check_targets", lambda *_: None)
+    inputs = make_inputs(torch_layout(1100), torch.float32, "cpu")
+    good = par_xl.adaptive_nll(**inputs, backend="triton")
+    inputs["target"][[9, 1050]] = torch.tensor([-1, V])
+    nll = par_xl.adaptive_nll(**inputs, backend="triton")
+    bad = nll.isnan()
+    assert bad.nonzero().flatten().tolist() == [9, 1050] and torch.equal(nll[~bad], good[~bad])
+    other = make_inputs(torch_layout(5, ignore_index=3), torch.float32, "cpu")
+    par_xl.adaptive_nll(**other, backend="triton")  # other targets are allowed there
+    inputs["target"].clamp_(0, V - 1)
+    with pytest.raises(ValueError, match=f"between 0 and 96 or be ignore_index -100, not {V}"):
+        par_xl.adaptive_nll(**inputs, backend="triton")
+    par_xl.adaptive_nll(**inputs, backend="triton")
+
+
 @pytest.mark.parametrize("spread", ["uniform", "zipf", "tail"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_equals_torch(spread, bias):
@@ -292,7 +347,7 @@ def test_number_of_threads_does_not_change_the_row_kernel():
         torch.set_num_threads(n)
         out, nll = z.clone(), torch.zeros(64)
         addresses = (0, 0, y.data_ptr(), grad.data_ptr(), nll.data_ptr())
-        _C.adaptive_rows_cpu(out.data_ptr(), 64, 5000, 5000, *addresses, 0.1, 0.01, 2)
+        _C.adaptive_rows_cpu(_C.AdaptiveRows(out.data_ptr(), 64, 5000, 5000, *addresses, 0.1, 0.01, 2))
         results.append((out, nll))
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
@@ -326,14 +381,15 @@ def launches():
         vectors = (torch.empty(n) for _ in range(2))
         x, target, dx = torch.empty(n, d, dtype=dtype), torch.zeros(n).long(), torch.empty(n, d)
         grad, nll = vectors
-        adaptive_softmax.run(grad, x, target, *made, nll, dx, Options(ends, one, -100, 0.1, 1e-3, workspace))
+        bad, options = torch.zeros(1).long(), Options(ends, one, -100, 0.1, 1e-3, workspace)
+        adaptive_softmax.run(grad, x, target, *made, nll, dx, bad, options)
 
 
 def test_triton_machine_code():
     """No spills; tensor cores where there are products of bf16, and 16-byte loads."""
     compiled = compile_launches("test_adaptive_softmax:launches")
-    products = {"_log_sum", "_hidden_gradient", "_weight_gradient", "_project", "_projection_gradient"}
-    others = {"_sort", "_rows_in_place", "_finish", "_merge"}
+    products = {"log_sum", "hidden_gradient", "weight_gradient", "project", "projection_gradient"}
+    others = {"_sort", "_rows_in_place", "merge_losses", "add_splits"}
     assert {(one.kernel, one.capability) for one in compiled} == {
         (kernel, capability) for kernel in products | others for capability in (80, 90, 100)
     }
@@ -344,3 +400,17 @@ def test_triton_machine_code():
         for capability in (80, 90, 100):
             found = [x.sass for x in compiled if (x.kernel, x.capability) == (kernel, capability)]
             assert any(name in sass for sass in found for name in tensor_cores), (kernel, capability)
+
+
+@pytest.mark.skipif(not cuda_kernels("differentiate_row"), reason="the extension was built without CUDA kernels")
+def test_cuda_machine_code():
+    """No spills; logits and gradients move 16 bytes at a time, between global and shared memory too."""
+    rows, sorts = cuda_kernels("differentiate_row"), [*cuda_kernels("count_tails"), *cuda_kernels("place_tokens")]
+    capabilities = len({one.capability for one in rows})
+    assert len(rows) == capabilities * 4 * 2 and len(sorts) == capabilities * 2
+    for one in (*rows, *sorts):
+        assert one.stack == 0, (one.kernel, one.capability)
+    for one in rows:
+        assert "LDG.E.128" in one.sass and "STG.E.128" in one.sass, (one.kernel, one.capability)
+        if "Lb1E" in one.kernel:
+            assert "LDS.128" in one.sass and "STS.128" in one.sass, (one.kernel, one.capability)

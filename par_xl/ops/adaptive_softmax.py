@@ -16,6 +16,7 @@ softmax, as in fairseq's adaptive loss: smoothing over all classes would need ev
 """
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from par_xl.ops.adaptive_tables import (
     softmaxes,
     unflatten,
 )
+from par_xl.ops.adaptive_targets import bad_target, check_targets
 from par_xl.ops.registry import Op, choose, first_derivative_only
 
 GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 28 << 20  # bytes of logits at a time; on the CPU, what stays in its cache
@@ -77,7 +79,7 @@ def _fake_backward(grad, x, target, weights, biases, projections, cluster_weight
     needed, wide = others[-2], _wide(x)
     inputs = (x, *weights, *biases, *projections, cluster_weight, cluster_bias)
     gradients = [
-        torch.empty_like(t, dtype=wide) if need else x.new_empty(0, dtype=wide)
+        x.new_empty(t.shape if need else 0, dtype=wide)  # contiguous, whatever the strides of t
         for t, need in zip(inputs, needed, strict=True)
     ]
     return _fake_forward(x), gradients
@@ -105,34 +107,55 @@ def _prepared(run: Callable, grad: Tensor | None, x: Tensor, target: Tensor, *in
     wanted = [g if need else None for g, need in zip(gradients, needed, strict=True)]
     parameters = softmaxes(tables, options.ends, separate)
     outputs = softmaxes(unflatten(wanted[1:], len(options.ends)), options.ends, separate)
+    if grad is not None:
+        grad = grad.contiguous()  # that of a sum is one number, expanded
     with torch.autocast(x.device.type, enabled=False):
         run(grad, x, target, parameters, outputs, nll, wanted[0], options)
     return nll, gradients
 
 
-@FORWARD.implement("native")
-def _forward_native(x, target, *inputs):
-    nothing = [False] * (1 + len(Tables(*inputs[:5]).flat()))
-    return _prepared(adaptive_softmax_cpu.run, None, x, target, *inputs, nothing)[0]
-
-
-@BACKWARD.implement("native")
-def _backward_native(*inputs):
-    return _prepared(adaptive_softmax_cpu.run, *inputs)
-
-
-def _run_triton(grad, x, target, softmaxes, gradients, nll, dx, options):
+def _run_triton(grad, x, target, softmaxes, gradients, nll, dx, options, **replaced):
     from par_xl.kernels.adaptive_softmax import run
 
-    if x.device.type == "cpu":
-        _check_targets(target, options)
-    run(grad, x, target, softmaxes, gradients, nll, dx, options)
+    if x.device.type == "cpu":  # the interpreter
+        check_targets(target, options)
+    bad = bad_target(x.device, options.ends[-1], options.ignore_index)
+    bad.raise_if_written(options)
+    run(grad, x, target, softmaxes, gradients, nll, dx, bad.word, options, **replaced)
+
+
+def _run_native(grad, x, *others):
+    if x.is_cuda:
+        from par_xl.ops.adaptive_softmax_cuda import rows_in_place, sort
+
+        _run_triton(grad, x, *others, sort=sort, rows_in_place=rows_in_place)
+    else:
+        adaptive_softmax_cpu.run(grad, x, *others)
+
+
+def _no_triton(device: str, dtype: torch.dtype) -> str:
+    missing = device == "cuda" and find_spec("triton") is None
+    return "the tails of adaptive_nll are Triton kernels on a GPU, and triton is not installed" if missing else ""
+
+
+def _losses(run: Callable, x: Tensor, target: Tensor, *inputs: Any) -> Tensor:
+    nothing = [False] * (1 + len(Tables(*inputs[:5]).flat()))
+    return _prepared(run, None, x, target, *inputs, nothing)[0]
+
+
+@FORWARD.implement("native", lacks=_no_triton)
+def _forward_native(*inputs):
+    return _losses(_run_native, *inputs)
+
+
+@BACKWARD.implement("native", lacks=_no_triton)
+def _backward_native(*inputs):
+    return _prepared(_run_native, *inputs)
 
 
 @FORWARD.implement("triton")
-def _forward_triton(x, target, *inputs):
-    nothing = [False] * (1 + len(Tables(*inputs[:5]).flat()))
-    return _prepared(_run_triton, None, x, target, *inputs, nothing)[0]
+def _forward_triton(*inputs):
+    return _losses(_run_triton, *inputs)
 
 
 @BACKWARD.implement("triton")
@@ -171,6 +194,8 @@ class AdaptiveNLL(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, d_nll, d_loss=None):
         x, target, weight, *tensors = ctx.saved_tensors
+        if x.is_cuda and not torch.compiler.is_compiling():
+            bad_target(x.device, ctx.options.ends[-1], ctx.options.ignore_index).raise_if_written(ctx.options)
         if d_nll is None and d_loss is None:
             return (None,) * len(ctx.needs_input_grad)
         needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
@@ -205,14 +230,6 @@ def _under_autocast(x: Tensor, tables: Tables) -> tuple[Tensor, Tables]:
     return convert(x), unflatten([convert(t) for t in tables.flat()], len(tables.projections))
 
 
-def _check_targets(target: Tensor, options: Options) -> None:
-    """Where the host can look: on the CPU, in code that is not being traced."""
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = target[((target < 0) | (target >= options.ends[-1])) & (target != options.ignore_index)]
-        if len(bad):
-            raise options.target_error(bad[0].item())
-
-
 def nll_and_loss(
     x: Tensor, target: Tensor, tables: Tables, cutoffs: Sequence[int], *, order: str = "ascending",
     ignore_index: int = -100, reduction: str = "none", label_smoothing: float = 0.0, z_loss: float = 0.0,
@@ -236,7 +253,7 @@ def nll_and_loss(
     rows, flat_target = x.reshape(-1, x.shape[-1]), target.reshape(-1).long()
     chosen = choose(FORWARD, backend, x)
     if chosen == "eager":
-        _check_targets(flat_target, options)
+        check_targets(flat_target, options)
         with torch.autocast(x.device.type, enabled=False):
             nll = adaptive_nll_reference(rows, flat_target, tables, options)
             valid = (flat_target != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1
@@ -303,8 +320,8 @@ def adaptive_nll(
 
     Raises:
         ValueError: a wrong shape, device, cutoff, order, reduction, smoothing or backend, a width of 0 (d / div_val**i
-            below 1), or a target that is no class. On a GPU such a target gives NaN for its token, and the error comes
-            with the next call that finds the value copied to the host.
+            below 1), or a target that is no class. On a GPU the kernels give NaN for its token, and the error comes
+            with the first later call or backward that finds the value there without waiting for it.
         TypeError: a dtype that is not floating point, two different ones, or a target that is not int32 or int64.
 
     Source: arXiv 1609.04309; torch.nn.AdaptiveLogSoftmaxWithLoss; kimiyoung/transformer-xl
