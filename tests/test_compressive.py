@@ -1,15 +1,36 @@
-"""The Compressive Transformer: what it attends to, which loss trains what, and that compressed memory helps."""
+"""The Compressive Transformer: what it attends to, which loss trains what, and that compressed memory helps.
+
+Traps of the published implementations, and the tests that know them (here, in test_compressive_options.py: o, in
+test_compressive_memory.py: m):
+
+    scale before the biases; own positions of the compressed part        o test_against_the_plain_model
+    zeros at the start are attended to and compressed                    o the same, "zero-start"
+    memories stored normalised or not                                    o the same, "pre-norm"
+    enhanced recurrence wraps the last layer onto the first              o the same, "enhanced"
+    reconstruction: all queries, no mask, evicted steps alone            test_compression_losses_are_the_published_ones
+    reconstruction over the whole memory where it exceeds the segment    the same
+    memories that carry gradients                                        m test_the_memory_is_detached
+    order: compressed from the front, appended at the end                m test_fifo_order
+    ``[-0:]`` of an empty part                                           m test_parts_of_length_zero
+    mean, sum or norm over layers and elements                           test_reduction_over_layers, m test_*_expression
+    one norm clips both losses                                           test_gradients_are_clipped_apart
+    ``detach_`` freezes the projections                                  test_the_two_losses_do_not_mix
+    padding by ``len % rate`` drops the newest steps                     m test_a_segment_that_fills_no_group_...
+    the task never trains the compressors                                test_bptt_trains_the_compressors_by_the_task
+    short last segments, dtype of empty memories                         m test_contents_equal_..., m test_dtype_is_kept
+    top_k that keeps what it should drop                                 test_top_k_keeps_the_most_probable
+    evaluation: no auxiliary loss, but compression                       test_evaluation_has_no_auxiliary_loss
+"""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from par_xl.models import CompressiveConfig, CompressiveTransformer, TransformerXL, TransformerXLConfig
-from par_xl.nn.attention_received import attention_received
-from par_xl.nn.positions import distances, sinusoids
-from par_xl.nn.rel_attention import RelPartialLearnableMultiHeadAttn
+from par_xl.testing import assert_capturable
 
 MODES = {"mean": {}, "max": {}, "conv": {}, "dilated_conv": {"dilation": (1, 2)}, "most_used": {}}
 SMALL = dict(vocab_size=17, n_layer=3, n_head=2, d_model=8, d_head=4, d_inner=16)
@@ -78,13 +99,15 @@ def parameters(model):
 def test_the_two_losses_do_not_mix(loss, pre_lnorm):
     """The transformer's gradients are bit-equal whatever the auxiliary weight; the compressors' whatever the task."""
     torch.manual_seed(1)
-    model = new_model(compression_loss=loss, pre_lnorm=pre_lnorm)
+    model = new_model(compression_loss=loss, pre_lnorm=pre_lnorm, segment_len=4)
     task, compression = parameters(model)
+    (tokens, targets), *_ = segments(1, steps=20)  # through which a graph that is not cut would reach
 
     def gradients(weight, task_weight):
         torch.manual_seed(2)
         model.config.compression_weight = weight
-        total = sum(o.loss + (task_weight - 1) * o.nll.mean() for o in read(model, 4))
+        output = model(tokens, targets)
+        total = output.loss + (task_weight - 1) * output.nll.mean()
         model.zero_grad()
         total.backward()
         return [p.grad for p in task], [p.grad for p in compression]
@@ -104,13 +127,72 @@ def test_evaluation_has_no_auxiliary_loss():
     assert output.compression_losses.shape == (3,) and (output.compression_losses > 0).all()
 
 
+@pytest.mark.parametrize("pre_lnorm", [False, True])
+@pytest.mark.parametrize("loss", ["attention", "auto-encoding"])
+def test_compression_losses_are_the_published_ones(loss, pre_lnorm):
+    """From the memories before and after a segment, with a memory longer than that: 4 of 6 steps leave."""
+    model = new_model(compression_loss=loss, pre_lnorm=pre_lnorm).double().eval()
+    memory = [(rows.double(), n, usage) for rows, n, usage in read(model, 4)[-1].memory]
+    (tokens, targets), *_ = segments(1)
+    output, losses = model(tokens, targets, memory), []
+    for i, ((rows, n, _), (after, _, _), layer) in enumerate(zip(memory, output.memory, model.layers, strict=True)):
+        old, hidden, attention = rows[:, n : n + 4], after[:, -4:], layer.dec_attn
+        weight = model.compressors[i].weights[0]
+        fresh = F.conv1d(old.mT, weight, stride=2).mT
+        if loss == "auto-encoding":
+            decoded = F.conv_transpose1d(fresh.mT, model.decoders[i].decoder.weight, stride=2).mT
+            wanted = (decoded - old).square().mean()
+        else:
+            norm = attention.layer_norm if pre_lnorm else lambda x: x
+            query, key, value = (w.unflatten(0, (2, 4)) for w in attention.qkv_net.weight.chunk(3))
+            read_steps = [
+                torch.einsum(
+                    "bhij,bjhd->bihd",
+                    torch.einsum("bid,hcd,bje,hce->bhij", norm(hidden), query, norm(x), key).div(2).softmax(-1),
+                    torch.einsum("bjd,hcd->bjhc", norm(x), value),
+                )
+                for x in (old, fresh)
+            ]
+            wanted = (read_steps[0] - read_steps[1]).square().mean()
+        losses.append(wanted)
+    torch.testing.assert_close(output.compression_losses, torch.stack(losses))
+
+
 def test_bptt_trains_the_compressors_by_the_task():
-    model = new_model(compression_loss="bptt")
-    outputs = read(model, 4)
+    """Through the segments of one call; the memory it returns is a constant."""
+    model = new_model(compression_loss="bptt", segment_len=4, mem_len=4)
     task, compression = parameters(model)
-    sum(o.loss for o in outputs).backward()
-    assert all(p.grad.any() for p in [*task, *compression])
-    assert not any(rows.requires_grad for rows, _, _ in model.detach(outputs[-1].memory))
+    memory = None
+    for steps, trained in ((8, False), (4, False), (8, True)):  # the first eviction is that of the second segment
+        text = torch.randint(17, (2, steps + 1))
+        output = model(text[:, :-1], text[:, 1:], memory)
+        memory = output.memory
+        model.zero_grad()
+        output.loss.backward()
+        assert all(p.grad.any() for p in task)
+        assert all((p.grad is not None and p.grad.any()) == trained for p in compression)
+        assert not any(rows.requires_grad for rows, _, _ in memory)
+
+
+@pytest.mark.parametrize("loss", ["attention", "none"])
+def test_segments_of_one_call_are_those_of_several(loss):
+    """Also where the last one is shorter."""
+    model, cut = new_model(compression_loss=loss), new_model(compression_loss=loss, segment_len=4)
+    cut.load_state_dict(model.state_dict())
+    text = torch.randint(17, (2, 15))
+    memory, nll, losses = None, [], []
+    for tokens, targets in zip(text[:, :-1].split(4, 1), text[:, 1:].split(4, 1), strict=True):
+        output = model(tokens, targets, memory)
+        memory = output.memory
+        nll.append(output.nll)
+        losses.append(output.compression_losses)
+    got = cut(text[:, :-1], text[:, 1:])
+    torch.testing.assert_close(got.nll, torch.cat(nll, 1))
+    for (rows, n, _), (wanted, m, _) in zip(got.memory, memory, strict=True):
+        torch.testing.assert_close(rows, wanted)
+        assert n == m
+    if loss == "attention":
+        torch.testing.assert_close(got.compression_losses, torch.stack(losses).mean(0))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -134,24 +216,6 @@ def test_zero_start():
     assert [(rows.shape, n) for rows, n, _ in memory] == [((2, 10, 8), 4)] * 3
 
 
-def test_attention_received():
-    """Against the whole matrix of weights, across blocks of queries."""
-    layer = RelPartialLearnableMultiHeadAttn(2, 8, 4, untie_r=True)
-    nn.init.normal_(layer.r_w_bias), nn.init.normal_(layer.r_r_bias)
-    w, mems = torch.randn(3, 70, 8), torch.randn(3, 5, 8)
-    r = sinusoids(distances(75), 8)
-    q, k, _ = layer.split(layer.qkv_net(torch.cat([mems, w], 1)))
-    q, rows = q[:, :, 5:], layer.r_net(r).view(75, 2, 4).transpose(0, 1)
-    scores = torch.full((3, 2, 70, 75), -math.inf)
-    for i in range(70):
-        for j in range(i + 6):
-            content = ((q[:, :, i] + layer.r_w_bias) * k[:, :, j]).sum(-1)
-            position = ((q[:, :, i] + layer.r_r_bias) * rows[:, j - i + 69]).sum(-1)
-            scores[:, :, i, j] = (content + position) / 2
-    wanted = scores.softmax(-1).sum(2).mean(1)
-    torch.testing.assert_close(attention_received(layer, w, r, mems=mems), wanted)
-
-
 @pytest.mark.parametrize("mode", ["conv", "most_used"])
 @pytest.mark.parametrize("prompt", [1, 4, 11])
 def test_generation_equals_reading_again(mode, prompt):
@@ -166,6 +230,33 @@ def test_generation_equals_reading_again(mode, prompt):
         for i in range(piece.shape[1]):
             if prompt <= begin + i + 1 < text.shape[1]:
                 assert torch.equal(predicted[:, i], text[:, begin + i + 1])
+
+
+def test_top_k_keeps_the_most_probable():
+    """Drawn from one token it is the greedy text, drawn from all it is not."""
+    model = new_model(segment_len=4)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.0, 0.4)
+    prompt = torch.randint(17, (2, 5))
+    greedy = model.generate(prompt, 12, temperature=0)
+    assert torch.equal(model.generate(prompt, 12, top_k=1), greedy)
+    assert not torch.equal(model.generate(prompt, 12, generator=torch.Generator().manual_seed(0)), greedy)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_no_synchronisation_and_cuda_graph(mode):
+    """A step on full memories, whose shapes stay."""
+    model = new_model(mode, memory_start="zeros", cutoffs=()).cuda()
+    (tokens, targets), *_ = [(x.cuda(), y.cuda()) for x, y in segments(1)]
+    memory = model.init_memory(2)
+
+    def step():
+        output = model(tokens, targets, memory)
+        gradients = torch.autograd.grad(output.loss, list(model.parameters()), allow_unused=True)
+        return [output.loss.detach(), *(rows for rows, _, _ in output.memory), *(g for g in gradients if g is not None)]
+
+    assert_capturable(step)
 
 
 def test_temporal_range():
@@ -191,24 +282,24 @@ def test_temporal_range():
     assert changed == [begin >= 36 - model.config.temporal_range for begin in range(0, 36, 4)]
 
 
-def test_compressed_memory_copies_what_memory_alone_has_lost():
+@pytest.mark.parametrize("seed", range(3))
+def test_compressed_memory_copies_what_memory_alone_has_lost(seed):
     """A token must be named again three segments later, out of reach of the segment and memory."""
     losses = {}
     for compressed_len in (0, 8):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         lengths = dict(mem_len=4, compressed_len=compressed_len, rate=4)
-        config = dict(vocab_size=9, n_layer=1, n_head=2, d_model=32, d_head=16, d_inner=64, memory_start="zeros")
+        lengths |= dict(segment_len=4, memory_start="zeros")
+        config = dict(vocab_size=9, n_layer=1, n_head=2, d_model=32, d_head=16, d_inner=32)
         model = CompressiveTransformer(
             CompressiveConfig(compression="mean", compression_loss="none", **config, **lengths)
         )
         optimizer = torch.optim.Adam(model.parameters(), 2e-2)
-        for _ in range(120):
-            keys = torch.randint(8, (32, 1))
-            blank = torch.full((32, 4), 8)
-            memory = None
-            for segment in (keys.expand(-1, 4), blank, blank):
-                memory = model(segment, memory=memory).memory
-            loss = model(blank, keys.expand(-1, 4), memory).loss
+        for _ in range(60):
+            keys = torch.randint(8, (32, 1)).expand(-1, 4)
+            text = torch.cat([keys, torch.full((32, 12), 8)], 1)
+            hidden = model(text).hidden[:, 12:]
+            loss = model.crit(hidden, keys).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -218,17 +309,25 @@ def test_compressed_memory_copies_what_memory_alone_has_lost():
 
 
 def test_named_configurations():
-    wt103, enwik8, pg19 = (CompressiveConfig.named(name) for name in ("wt103", "enwik8", "pg19"))
-    assert (wt103.n_layer, wt103.mem_len, wt103.compressed_len, wt103.rate) == (18, 512, 1500, 4)
-    assert (enwik8.n_layer, enwik8.mem_len, enwik8.compressed_len, enwik8.rate) == (24, 768, 1152, 3)
-    assert (pg19.n_layer, pg19.mem_len, pg19.compressed_len, pg19.rate) == (36, 512, 512, 2)
+    names = "n_layer", "segment_len", "mem_len", "compressed_len", "rate"
+    sizes = {n: [getattr(CompressiveConfig.named(n), x) for x in names] for n in ("wt103", "enwik8", "pg19")}
+    assert sizes == {
+        "wt103": [18, 512, 512, 1500, 4],
+        "enwik8": [24, 768, 768, 1152, 3],
+        "pg19": [36, 512, 512, 512, 2],
+    }
+    with pytest.raises(ValueError, match="there is no configuration 'lm1b'; there are wt103"):
+        CompressiveConfig.named("lm1b")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(attn_type=1, max_klen=9), "needs attn_type 0"),
-        (dict(rate=0), "rate positive, not 4, 0"),
+        (dict(rate=0), "rate positive, not 4, 0, 0"),
+        (dict(compression_loss="bptt"), "bptt needs segment_len"),
+        (dict(memory_layers=(1, 1)), "memory_layers must ascend"),
+        (dict(compressed_positions="none"), "compressed_positions must be one of shared, own"),
         (dict(compression="conv", dilation=(1,)), "dilation is for compression dilated_conv"),
         (dict(compression_loss="l2"), "compression_loss must be one of attention"),
         (dict(memory_layers=(3,)), "memory_layers must lie between 0 and 2"),
@@ -249,24 +348,28 @@ def test_bad_input():
         CompressiveTransformer._loaded(None, {})
 
 
-def test_training_run(tmp_path):
-    """The command's run: a finished model that can be loaded, its picture, and losses clipped apart."""
+@pytest.mark.parametrize("loss", ["attention", "bptt"])
+def test_training_run(loss, tmp_path):
+    """The command's run: a finished model that has learned, its compressors too, and its picture."""
     from par_xl.data import load_corpus
     from par_xl.training import COMPRESSIVE_RECIPES, override, train_compressive
     from par_xl.training.compressive import attention_shares
 
-    text = "".join(f"{i} * {i} = {i * i}\n" for i in range(300))
+    text = "".join(f"{i} * {i} = {i * i}\n" for i in range(200))
     for split in ("train", "valid"):
         (tmp_path / f"{split}.txt").write_text(text)
     corpus = load_corpus(f"bytes:{tmp_path}")
     assert bytes(corpus.train.tolist()).decode() == text
-    recipe = override(COMPRESSIVE_RECIPES["human-numbers"], {"epochs": "1", "compressed_len": "16"})
+    options = {"epochs": "1", "batch_size": "4", "compressed_len": "16", "compression_loss": loss}
+    recipe = override(COMPRESSIVE_RECIPES["human-numbers"], {**options, "compression": "conv"})
     model, history = train_compressive(corpus, recipe, tmp_path, devices=1)
     assert history.valid[-1]["val_loss"] < math.log(256)
     assert (tmp_path / "compression.png").stat().st_size > 10_000
-    tokens = torch.randint(256, (2, 32))
-    memory = model(tokens, memory=model(tokens, memory=model(tokens).memory).memory).memory
-    for share in attention_shares(model.eval(), tokens, memory):
+    torch.manual_seed(recipe.seed)
+    before = CompressiveTransformer(model.config).compressors[0].weights[0]
+    assert not torch.equal(model.compressors[0].weights[0], before)
+    tokens = torch.randint(256, (2, 96))
+    for share in attention_shares(model.eval(), tokens[:, :32], model(tokens).memory):
         assert sum(share) == pytest.approx(1) and min(share) > 0
 
 

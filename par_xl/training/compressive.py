@@ -1,5 +1,6 @@
 """Recipes for the Compressive Transformer, and a run by one of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from par_xl.data import Corpus
 from par_xl.models import CompressiveConfig, CompressiveTransformer
-from par_xl.nn.attention_received import attention_received
+from par_xl.nn.compressive_memory import MemoryState
 from par_xl.training.clip_apart import ClipApart
 from par_xl.training.fit import Recipe, fit
 from par_xl.training.history import History
+from par_xl.training.transformer_xl import TRANSFORMER_XL_RECIPES
 
 
 @dataclass
@@ -26,45 +28,19 @@ class CompressiveRecipe(Recipe):
     config_class: ClassVar[type] = CompressiveConfig
 
 
-_SMALL = CompressiveRecipe(
-    epochs=4,
-    batch_size=16,
-    bptt=32,
-    lr=2e-3,
-    schedule="one-cycle",
-    clip=0.1,
-    model=dict(
-        n_layer=2, n_head=4, d_model=64, d_head=16, d_inner=128, dropout=0.1, mem_len=32, compressed_len=32, rate=4
-    ),
-)
-_MEDIUM = dict(n_layer=6, n_head=8, d_model=256, d_head=32, d_inner=1024, dropout=0.2, dropatt=0.1)
+def _from_transformer_xl(name: str, **model: Any) -> CompressiveRecipe:
+    """Transformer-XL's recipe with the paper's clipping and more or other options of the model."""
+    base = TRANSFORMER_XL_RECIPES[name]
+    return CompressiveRecipe(**{**vars(base), "clip": 0.1, "model": {**base.model, **model}})
+
+
+_WORDS = _from_transformer_xl("wikitext-2", compressed_len=128, rate=4)
+_BYTES = dict(cutoffs=(), div_val=1, tie_projs=(), mem_len=192, compressed_len=288, rate=3)
 COMPRESSIVE_RECIPES = {
-    "human-numbers": _SMALL,
-    "wikitext-2": replace(
-        _SMALL,
-        epochs=10,
-        batch_size=8,
-        bptt=128,
-        lr=5e-4,
-        model=dict(
-            **_MEDIUM,
-            mem_len=128,
-            compressed_len=128,
-            rate=4,
-            cutoffs=(2000, 10000),
-            div_val=2,
-            tie_projs=(False, True, True),
-        ),
-    ),
+    "human-numbers": _from_transformer_xl("human-numbers", compressed_len=32, rate=4),
+    "wikitext-2": _WORDS,
     # Text as bytes ("bytes:FOLDER"), with the paper's rate for enwik8
-    "bytes": replace(
-        _SMALL,
-        epochs=1,
-        batch_size=8,
-        bptt=192,
-        lr=5e-4,
-        model=dict(**_MEDIUM, mem_len=192, compressed_len=288, rate=3),
-    ),
+    "bytes": replace(_WORDS, epochs=1, bptt=192, model={**_WORDS.model, **_BYTES}),
 }
 
 
@@ -73,38 +49,28 @@ def train_compressive(
 ) -> tuple[CompressiveTransformer, History]:
     """Seed, build and train; ``options`` are those of :func:`fit`. Leaves ``compression.png`` in ``out`` too.
 
-    Raises:
-        ValueError: ``compression_loss="bptt"``, which needs losses over several segments at once.
+    With ``compression_loss="bptt"`` a step reads two segments of ``recipe.bptt`` and half as many streams, as in the
+    paper (section 5.2): the second one's loss trains the compressors.
     """
-    if recipe.model.get("compression_loss") == "bptt":
-        raise ValueError("a run has a backward for each segment, which compression_loss bptt cannot learn from")
     L.seed_everything(recipe.seed, verbose=False)
-    model = CompressiveTransformer(CompressiveConfig(vocab_size=len(corpus.vocabulary), **recipe.model))
+    sizes = {"vocab_size": len(corpus.vocabulary), "segment_len": recipe.bptt}
+    model = CompressiveTransformer(CompressiveConfig(**{**sizes, **recipe.model}))
+    if model.config.compression_loss == "bptt":
+        recipe = replace(recipe, bptt=2 * recipe.bptt, batch_size=max(1, recipe.batch_size // 2))
     statistics = CompressionStatistics(Path(out) / "compression.png")
     callbacks = [ClipApart(recipe.clip, CompressiveTransformer.compression_parameters), statistics]
     return model, fit(model, corpus, replace(recipe, clip=0.0), out, callbacks=callbacks, **options)
 
 
+@torch.no_grad()
 def attention_shares(model: CompressiveTransformer, tokens: Tensor, memory: Any) -> list[list[float]]:
     """Of each layer with a memory, the shares of its attention that compressed, memory and segment receive."""
-    shares: list[list[float]] = []
-    compressed = [n for _, n, _ in memory]
-
-    def measure(attention: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        mems, n = kwargs["mems"], compressed[len(shares)]
-        received = attention_received(attention, *args, mems=mems)  # type: ignore[misc]
-        received = received.mean(0) / args[0].shape[1]
-        ends = [n, 0 if mems is None else mems.shape[1]]
-        shares.append([float(part.sum()) for part in received.tensor_split(ends)])
-
-    layers = [model.layers[i].dec_attn for i in model.memory_layers]
-    hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers]
-    try:
-        with torch.no_grad():
-            model(tokens, memory=memory)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    states = [MemoryState(*state) for state in memory]
+    _, _, _, received = model.attend(tokens, states, received=True)
+    shares = []
+    for state, by_key in zip(states, received, strict=True):
+        parts = by_key.mean(0).tensor_split([state.compressed, state.rows.shape[1]])  # type: ignore[union-attr]
+        shares.append([float(part.sum()) / tokens.shape[1] for part in parts])
     return shares
 
 
@@ -126,7 +92,7 @@ class CompressionStatistics(L.Callback):
         def remember(model: nn.Module, args: tuple, output: Any) -> None:
             if not model.training:
                 return
-            self._batch = args[0], output.memory
+            self._batch = args[0][:, : model.config.segment_len], output.memory  # type: ignore[union-attr]
             if trainer.global_step % trainer.log_every_n_steps == 0 and output.compression_losses is not None:  # type: ignore[attr-defined]
                 self.losses.append((trainer.global_step, output.compression_losses.tolist()))
 
@@ -139,24 +105,26 @@ class CompressionStatistics(L.Callback):
         training = model.training
         shares = attention_shares(model.eval(), *self._batch)
         model.train(training)
-        plot_compression(self.losses, shares, self.path)
+        plot_compression(model.memory_layers, self.losses, shares, self.path)
 
 
-def plot_compression(losses: list[tuple[int, list[float]]], shares: list[list[float]], path: Path) -> None:
+def plot_compression(
+    layers: Sequence[int], losses: list[tuple[int, list[float]]], shares: list[list[float]], path: Path
+) -> None:
     """Compression losses by step and layer, and stacked shares of attention by layer, into one PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for i in range(len(shares)):
-        left.plot([step for step, _ in losses], [layers[i] for _, layers in losses], label=f"layer {i}")
+    for i, layer in enumerate(layers):
+        left.plot([step for step, _ in losses], [by_layer[i] for _, by_layer in losses], label=f"layer {layer}")
+    left.legend(fontsize="small")
     left.set(xlabel="step", ylabel="compression loss")
     base = [0.0] * len(shares)
     for part, name in enumerate(("compressed", "memory", "segment")):
         heights = [share[part] for share in shares]
-        right.bar(range(len(shares)), heights, bottom=base, label=name)
+        right.bar(list(map(str, layers)), heights, bottom=base, label=name)
         base = [b + h for b, h in zip(base, heights, strict=True)]
     right.set(xlabel="layer", ylabel="share of attention received", ylim=(0, 1))
-    for axes in (left, right):
-        axes.legend()
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)  # above the bars, which fill the axes
     figure.savefig(path, dpi=120)
