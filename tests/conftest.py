@@ -30,15 +30,13 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what this machine cannot run, and say why; expect the failures that a class lists as open."""
+    """Skip what this machine cannot run, and say why."""
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         device = parameters.get("device", "cuda" if item.get_closest_marker("gpu") else "cpu")
         reason = registry._why_not(parameters.get("backend", "eager"), device)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
-        elif why := getattr(item.cls, "open_failures", {}).get(item.name):
-            item.add_marker(pytest.mark.xfail(reason=why))
 
 
 @pytest.fixture(autouse=True)

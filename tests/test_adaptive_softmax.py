@@ -117,6 +117,32 @@ class TestAdaptiveNLL(OpChecks):
             torch.cuda.synchronize()
             par_xl.adaptive_nll(**inputs, backend=backend)
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_bad_target_is_found_by_the_backward(self, compiled, backend):
+        inputs = make_inputs(torch_layout(21, reduction="mean"), torch.float32, "cuda")
+        inputs["target"][3] = 5 * V
+        call = torch.compile(self.on(backend)) if compiled else self.on(backend)
+        loss = call(**inputs)
+        torch.cuda.synchronize()
+        with pytest.raises(ValueError, match=f"between 0 and 96 or be .*, not {5 * V}"):
+            loss.backward()
+            par_xl.adaptive_nll(**inputs, backend=backend)  # where a compiled backward does not look
+
+    @pytest.mark.gpu
+    def test_bad_target_of_a_replayed_graph(self, backend):
+        inputs = make_inputs(torch_layout(21), torch.float32, "cuda")
+        self.on(backend)(**inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            nll = self.on(backend)(**inputs)
+        inputs["target"][3] = -7
+        graph.replay()
+        torch.cuda.synchronize()
+        assert nll.isnan().nonzero().flatten().tolist() == [3]
+        with pytest.raises(ValueError, match="not -7"):
+            self.on(backend)(**inputs)
+
     @pytest.mark.parametrize("ignore_index", [-100, 3, 40, 1000])
     def test_ignore_index(self, ignore_index, backend, device):
         """Anywhere, inside the vocabulary too: what is left is as if the ignored tokens were not there."""
@@ -230,6 +256,23 @@ class TestAdaptiveNLL(OpChecks):
         assert_capturable(lambda: run(self.on(backend), inputs)[1])
 
 
+def test_a_bad_target_is_reported_late(monkeypatch):
+    """A GPU's course of a bad target, in the interpreter: NaN for its token, then one error, then none."""
+    monkeypatch.setattr("par_xl.ops.adaptive_softmax.check_targets", lambda *_: None)
+    inputs = make_inputs(torch_layout(1100), torch.float32, "cpu")
+    good = par_xl.adaptive_nll(**inputs, backend="triton")
+    inputs["target"][[9, 1050]] = torch.tensor([-1, V])
+    nll = par_xl.adaptive_nll(**inputs, backend="triton")
+    bad = nll.isnan()
+    assert bad.nonzero().flatten().tolist() == [9, 1050] and torch.equal(nll[~bad], good[~bad])
+    other = make_inputs(torch_layout(5, ignore_index=3), torch.float32, "cpu")
+    par_xl.adaptive_nll(**other, backend="triton")  # other targets are allowed there
+    inputs["target"].clamp_(0, V - 1)
+    with pytest.raises(ValueError, match=f"between 0 and 96 or be ignore_index -100, not {V}"):
+        par_xl.adaptive_nll(**inputs, backend="triton")
+    par_xl.adaptive_nll(**inputs, backend="triton")
+
+
 @pytest.mark.parametrize("spread", ["uniform", "zipf", "tail"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_equals_torch(spread, bias):
@@ -326,14 +369,15 @@ def launches():
         vectors = (torch.empty(n) for _ in range(2))
         x, target, dx = torch.empty(n, d, dtype=dtype), torch.zeros(n).long(), torch.empty(n, d)
         grad, nll = vectors
-        adaptive_softmax.run(grad, x, target, *made, nll, dx, Options(ends, one, -100, 0.1, 1e-3, workspace))
+        bad, options = torch.zeros(1).long(), Options(ends, one, -100, 0.1, 1e-3, workspace)
+        adaptive_softmax.run(grad, x, target, *made, nll, dx, bad, options)
 
 
 def test_triton_machine_code():
     """No spills; tensor cores where there are products of bf16, and 16-byte loads."""
     compiled = compile_launches("test_adaptive_softmax:launches")
-    products = {"_log_sum", "_hidden_gradient", "_weight_gradient", "_project", "_projection_gradient"}
-    others = {"_sort", "_rows_in_place", "_finish", "_merge"}
+    products = {"log_sum", "hidden_gradient", "weight_gradient", "project", "projection_gradient"}
+    others = {"_sort", "_rows_in_place", "merge_losses", "add_splits"}
     assert {(one.kernel, one.capability) for one in compiled} == {
         (kernel, capability) for kernel in products | others for capability in (80, 90, 100)
     }

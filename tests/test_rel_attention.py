@@ -38,10 +38,6 @@ def lengths(*values):
 class TestRelAttention(OpChecks):
     ops = ("rel_attention_forward", "rel_attention_backward")
     call = staticmethod(par_xl.rel_attention)
-    open_failures = {
-        f"test_error_budget[{case}-float32-triton-cpu]": "issue 3: the Triton backward in fp32 is 1.5 times over budget"
-        for case in ("width-41", "decoding")
-    }
     cases = {
         "memory": attention(2, 2, 65, 65, 63, 32),
         "width-41": attention(2, 3, 33, 33, 5, 41),

@@ -1,5 +1,6 @@
 """Adaptive softmax modules: torch.nn's and Transformer-XL's, on :func:`par_xl.adaptive_nll`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,14 +19,14 @@ def _check_widths(d: int, div_value: float, tails: int) -> None:
             raise ValueError(f"div_value {div_value} leaves tail {i} of {tails} no feature: {d} / {div_value}**{i} < 1")
 
 
-class _AdaptiveSoftmax(nn.Module):
+class _AdaptiveSoftmax(nn.Module, ABC):
     """What needs the tables alone. Subclasses set ``cutoffs`` (with V) and ``options``, and make the tables."""
 
     cutoffs: list[int]
 
+    @abstractmethod
     def tables(self) -> Tables:
         """The parameters as :func:`par_xl.adaptive_nll` takes them."""
-        raise NotImplementedError
 
     def _set_options(self, order: str, ignore_index: int, reduction: str, label_smoothing: float, z_loss: float,
                      backend: str | None) -> None:  # fmt: skip

@@ -32,6 +32,7 @@ from par_xl.ops.adaptive_tables import (
     softmaxes,
     unflatten,
 )
+from par_xl.ops.adaptive_targets import bad_target, check_targets
 from par_xl.ops.registry import Op, choose, first_derivative_only
 
 GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 28 << 20  # bytes of logits at a time; on the CPU, what stays in its cache
@@ -125,8 +126,10 @@ def _run_triton(grad, x, target, softmaxes, gradients, nll, dx, options):
     from par_xl.kernels.adaptive_softmax import run
 
     if x.device.type == "cpu":
-        _check_targets(target, options)
-    run(grad, x, target, softmaxes, gradients, nll, dx, options)
+        check_targets(target, options)
+    bad = bad_target(x.device, options.ends[-1], options.ignore_index)
+    bad.raise_if_written(options)
+    run(grad, x, target, softmaxes, gradients, nll, dx, bad.word, options)
 
 
 @FORWARD.implement("triton")
@@ -171,6 +174,8 @@ class AdaptiveNLL(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, d_nll, d_loss=None):
         x, target, weight, *tensors = ctx.saved_tensors
+        if x.is_cuda and not torch.compiler.is_compiling():
+            bad_target(x.device, ctx.options.ends[-1], ctx.options.ignore_index).raise_if_written(ctx.options)
         if d_nll is None and d_loss is None:
             return (None,) * len(ctx.needs_input_grad)
         needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
@@ -205,14 +210,6 @@ def _under_autocast(x: Tensor, tables: Tables) -> tuple[Tensor, Tables]:
     return convert(x), unflatten([convert(t) for t in tables.flat()], len(tables.projections))
 
 
-def _check_targets(target: Tensor, options: Options) -> None:
-    """Where the host can look: on the CPU, in code that is not being traced."""
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = target[((target < 0) | (target >= options.ends[-1])) & (target != options.ignore_index)]
-        if len(bad):
-            raise options.target_error(bad[0].item())
-
-
 def nll_and_loss(
     x: Tensor, target: Tensor, tables: Tables, cutoffs: Sequence[int], *, order: str = "ascending",
     ignore_index: int = -100, reduction: str = "none", label_smoothing: float = 0.0, z_loss: float = 0.0,
@@ -236,7 +233,7 @@ def nll_and_loss(
     rows, flat_target = x.reshape(-1, x.shape[-1]), target.reshape(-1).long()
     chosen = choose(FORWARD, backend, x)
     if chosen == "eager":
-        _check_targets(flat_target, options)
+        check_targets(flat_target, options)
         with torch.autocast(x.device.type, enabled=False):
             nll = adaptive_nll_reference(rows, flat_target, tables, options)
             valid = (flat_target != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1
@@ -303,8 +300,8 @@ def adaptive_nll(
 
     Raises:
         ValueError: a wrong shape, device, cutoff, order, reduction, smoothing or backend, a width of 0 (d / div_val**i
-            below 1), or a target that is no class. On a GPU such a target gives NaN for its token, and the error comes
-            with the next call that finds the value copied to the host.
+            below 1), or a target that is no class. On a GPU the kernels give NaN for its token, and the error comes
+            with the first later call or backward that finds the value there without waiting for it.
         TypeError: a dtype that is not floating point, two different ones, or a target that is not int32 or int64.
 
     Source: arXiv 1609.04309; torch.nn.AdaptiveLogSoftmaxWithLoss; kimiyoung/transformer-xl
