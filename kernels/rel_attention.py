@@ -60,6 +60,22 @@ def end_chain(x, never):
 
 
 @triton.jit
+def product(x, y, sum, PRECISION: tl.constexpr):
+    """sum + x y. In full fp32, with few queries, in sums of 16 products: one long chain of additions for each score has
+    several times the error of the matrix-vector product that eager PyTorch takes there."""
+    M: tl.constexpr = x.shape[0]
+    K: tl.constexpr = x.shape[1]
+    N: tl.constexpr = y.shape[1]
+    if K > 16 and (M <= 16 or N <= 16) and x.dtype == tl.float32 and PRECISION == "ieee":
+        x = x.reshape(M, K // 16, 16).permute(1, 0, 2)
+        parts = tl.dot(x, y.reshape(K // 16, 16, N), input_precision=PRECISION, out_dtype=sum.dtype)
+        sum += tl.sum(parts, 0)
+    else:
+        sum = tl.dot(x, y, acc=sum, input_precision=PRECISION, out_dtype=sum.dtype)
+    return sum
+
+
+@triton.jit
 def head_rows(x, b, h, rows):
     """Pointers to rows [N, 1] of x (B, H, rows, D)."""
     return x[0] + b.to(tl.int64) * x[1] + h.to(tl.int64) * x[2] + rows.to(tl.int64)[:, None] * x[3]
@@ -164,7 +180,8 @@ def _forward(
 
     position = begin - m0 + n_queries - BLOCK_N + c  # [N], the rows of left
     left_r = position_rows(r, h, position, n_positions, TYPE, WIDTH, BLOCK_D)
-    left_scores = tl.dot(position_q, left_r.T, input_precision=PRECISION, out_dtype=wide)  # [M, N]
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], wide)
+    left_scores = product(position_q, left_r.T, zeros, PRECISION)  # [M, N]
     from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
     places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
 
@@ -178,10 +195,10 @@ def _forward(
         r_tile = position_rows(r, h, position, n_positions, TYPE, WIDTH, BLOCK_D)
         k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
         v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
-        right_scores = tl.dot(position_q, r_tile.T, input_precision=PRECISION, out_dtype=wide)
+        right_scores = product(position_q, r_tile.T, zeros, PRECISION)
         right_scores = end_chain(right_scores, n0 >= stop)
         scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
-        scores = tl.dot(content_q, k_tile.T, acc=scores, input_precision=PRECISION, out_dtype=wide)
+        scores = product(content_q, k_tile.T, scores, PRECISION)
         left_scores = right_scores
         if (n0 < all_begin) | (n0 + BLOCK_N > all_end):
             scores = tl.where((j[None, :] >= first[:, None]) & (j[None, :] < last[:, None]), scores, -float("inf"))
@@ -194,7 +211,7 @@ def _forward(
             keep = kept(seed, i[:, None], j[None, :], b, h, n_heads, n_queries, n_keys, dropout_p)
             weights = tl.where(keep, weights, 0.0)
         mean = mean * shrink[:, None]
-        mean = tl.dot(weights.to(TYPE), v_tile, acc=mean, input_precision=PRECISION, out_dtype=wide)
+        mean = product(weights.to(TYPE), v_tile, mean, PRECISION)
         top = new_top
 
     total = tl.where(total == 0, 1.0, total)  # a row that sees no key: 0, and a logarithm of -inf

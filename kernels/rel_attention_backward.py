@@ -32,6 +32,7 @@ from par_xl.kernels.rel_attention import (
     permute_tile,
     place_in_tile,
     position_rows,
+    product,
     products,
     seen_keys,
     store_rows,
@@ -129,7 +130,8 @@ def _differentiate_queries(
     start = column + first_position + m0 - n_queries + BLOCK_N
     p = first_position + column + c  # [N], the rows of left
     left_r = position_rows(r, h, p, n_positions, TYPE, WIDTH, BLOCK_D)
-    left_scores = tl.dot(position, left_r.T, input_precision=PRECISION, out_dtype=wide)  # [M, N]
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], wide)
+    left_scores = product(position, left_r.T, zeros, PRECISION)  # [M, N]
     from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
     places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
     places_back = flatten_tile(place_in_tile(a[:, None], (c[None, :] + a[:, None] + 1) % BLOCK_N, BLOCK_N))
@@ -149,13 +151,13 @@ def _differentiate_queries(
         right_r = position_rows(r, h, p, n_positions, TYPE, WIDTH, BLOCK_D)
         k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
         v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
-        right_scores = tl.dot(position, right_r.T, input_precision=PRECISION, out_dtype=wide)
+        right_scores = product(position, right_r.T, zeros, PRECISION)
         right_scores = end_chain(right_scores, n0 >= stop)
         scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
-        scores = tl.dot(content, k_tile.T, acc=scores, input_precision=PRECISION, out_dtype=wide)
+        scores = product(content, k_tile.T, scores, PRECISION)
         left_scores = right_scores
         weights = tl.math.exp2(scores - row_peak)
-        d_weights = tl.dot(d_out, v_tile.T, input_precision=PRECISION, out_dtype=wide)
+        d_weights = product(d_out, v_tile.T, zeros, PRECISION)
         if HAS_DROPOUT:
             keep = kept(seed, i[:, None], j[None, :], b, h, n_heads, n_queries, n_keys, dropout_p)
             d_weights = tl.where(keep, d_weights / tl.full([1, 1], 1 - dropout_p, wide), 0.0)
@@ -167,7 +169,7 @@ def _differentiate_queries(
                 weights = tl.where(visible, weights, 0.0)
         if NORMALIZE:
             weight_sum += tl.sum(weights, 1)
-        total = tl.dot(d_scores.to(TYPE), k_tile, acc=total, input_precision=PRECISION, out_dtype=wide)
+        total = product(d_scores.to(TYPE), k_tile, total, PRECISION)
         rotated = in_accumulators(permute_tile(d_scores, places_back), TYPE)
         d_left = tl.where(from_left, rotated, previous).to(TYPE)
         tl.store(scratch_rows + column, d_left, mask=is_query[:, None] & (column >= 0))
@@ -227,6 +229,7 @@ def _differentiate_keys(
     places = flatten_tile(place_in_tile((c[:, None] + (BLOCK_N - 1 - a[None, :])) % BLOCK_N, a[None, :], BLOCK_M))
     head = (b.to(tl.int64) * n_heads + h) * n_queries
 
+    zeros = tl.zeros([BLOCK_N, BLOCK_M], wide)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], wide)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], wide)
     for m0 in range(begin, stop, BLOCK_M):
@@ -242,12 +245,12 @@ def _differentiate_keys(
         d_out = load_rows(head_rows(grad, b, h, i), is_query, TYPE, WIDTH, BLOCK_D)
         row_peak = tl.load(peak + head + i, mask=is_query, other=float("inf"))[None, :]
         row_delta = tl.load(delta + head + i, mask=is_query, other=0)[None, :]
-        left_scores = tl.dot(left_r, position.T, input_precision=PRECISION, out_dtype=wide)  # [N, M]
-        right_scores = tl.dot(right_r, position.T, input_precision=PRECISION, out_dtype=wide)
+        left_scores = product(left_r, position.T, zeros, PRECISION)  # [N, M]
+        right_scores = product(right_r, position.T, zeros, PRECISION)
         left_scores = end_chain(left_scores, m0 >= stop)
         right_scores = end_chain(right_scores, m0 >= stop)
         scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
-        scores = tl.dot(k_tile, content.T, acc=scores, input_precision=PRECISION, out_dtype=wide)
+        scores = product(k_tile, content.T, scores, PRECISION)
         weights = tl.math.exp2(scores - row_peak)
         if wide == TYPE:
             weights *= tl.load(norm + head + i, mask=is_query, other=0)[None, :]
@@ -255,17 +258,17 @@ def _differentiate_keys(
         visible = (j[:, None] >= first[None, :]) & (j[:, None] < last[None, :]) & is_query[None, :]
         if masked:
             weights = tl.where(visible, weights, 0.0)
-        d_weights = tl.dot(v_tile, d_out.T, input_precision=PRECISION, out_dtype=wide)
+        d_weights = product(v_tile, d_out.T, zeros, PRECISION)
         dropped = weights
         if HAS_DROPOUT:
             keep = kept(seed, i[None, :], j[:, None], b, h, n_heads, n_queries, n_keys, dropout_p)
             d_weights = tl.where(keep, d_weights / tl.full([1, 1], 1 - dropout_p, wide), 0.0)
             dropped = tl.where(keep, weights, 0.0)
-        dv_tile = tl.dot(dropped.to(TYPE), d_out, acc=dv_tile, input_precision=PRECISION, out_dtype=wide)
+        dv_tile = product(dropped.to(TYPE), d_out, dv_tile, PRECISION)
         d_scores = weights * (d_weights - row_delta)
         if masked:
             d_scores = tl.where(visible & (last - first > 1)[None, :], d_scores, 0.0)  # a single key's weight is 1
-        dk_tile = tl.dot(d_scores.to(TYPE), content, acc=dk_tile, input_precision=PRECISION, out_dtype=wide)
+        dk_tile = product(d_scores.to(TYPE), content, dk_tile, PRECISION)
 
     dk_tile *= tl.full([1, 1], 0.6931471805599453, wide)  # content_q holds the scale, in powers of two
     dv_tile /= tl.full([1, 1], 1 - dropout_p, wide)
@@ -274,7 +277,9 @@ def _differentiate_keys(
     store_rows(key_rows(dv_memory, dv, b, h, j, n_memory, HAS_MEMORY), dv_tile, is_key, WIDTH)
 
 
-def backward_tiles(block_d: int, dtype: torch.dtype, arch: int) -> Tiles:
+def backward_tiles(n_queries: int, block_d: int, dtype: torch.dtype, arch: int) -> Tiles:
+    if n_queries <= 16:
+        return Tiles(16, 32 if dtype == torch.float32 else 64, 4, 2)
     if dtype == torch.float32 and arch:
         return Tiles(16, 32 if block_d <= 64 else 16, 4, 1)
     return Tiles(32, 32, 4 if block_d <= 64 else 8, 2) if 0 < arch < 90 else Tiles(64, 64, 8, 2)
@@ -335,7 +340,7 @@ def backward(
         HAS_DROPOUT=dropout_p > 0, **products(q.dtype),
     )  # fmt: skip
 
-    tiles = backward_tiles(block_d, q.dtype, capability())
+    tiles = backward_tiles(n_queries, block_d, q.dtype, capability())
     # The rows of r that a window reaches are the columns of the scratch, rounded up to whole tiles.
     low = max(n_keys - 1 - left, 0)
     high = max(min(n_keys + right, r.shape[1]), low)
