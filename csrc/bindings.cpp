@@ -87,17 +87,21 @@ PYBIND11_MODULE(_C, m) {
         CPU(rel_attention_backward)(p, threads, at(workspace), heads(grad), heads(dq), d_keys_values, at(dr), at(d_biases));
     }, nogil());
 
-    m.def("adaptive_buckets_cpu", [](Address target, int64_t tokens, Address ends, int64_t tails, bool descending,
-                                     int64_t ignore_index, Address head_column, Address tail_column, Address order,
-                                     Address offsets) {
-        return CPU(adaptive_buckets)({at<const int64_t>(target), at<const int64_t>(ends), tokens, tails, ignore_index, descending,
-                                      at<int64_t>(head_column), at<int64_t>(tail_column), at<int64_t>(order), at<int64_t>(offsets)});
-    }, nogil());
-    m.def("adaptive_rows_cpu", [](Address logits, int64_t rows, int64_t columns, int64_t stride, Address bias, Address tokens,
-                                  Address column, Address grad, Address nll, double label_smoothing, double z_loss, int dtype) {
-        CPU(adaptive_rows)({at(logits), rows, columns, stride, at(bias), at<const int64_t>(tokens), at<const int64_t>(column),
-                            at(grad), at(nll), label_smoothing, z_loss, DType(dtype)});
-    }, nogil());
+    py::class_<AdaptiveBuckets>(m, "AdaptiveBuckets")
+        .def(py::init([](Address target, Address ends, int64_t tokens, int64_t tails, int64_t ignore_index, bool descending,
+                         Address head_column, Address tail_column, Address order, Address offsets, Address bad) {
+            return AdaptiveBuckets{at<const int64_t>(target), at<const int64_t>(ends), tokens, tails, ignore_index, descending,
+                                   at<int64_t>(head_column), at<int64_t>(tail_column), at<int64_t>(order),
+                                   at<int64_t>(offsets), at<int64_t>(bad)};
+        }));
+    m.def("adaptive_buckets_cpu", [](const AdaptiveBuckets& p) { return CPU(adaptive_buckets)(p); }, nogil());
+    py::class_<AdaptiveRows>(m, "AdaptiveRows")
+        .def(py::init([](Address logits, int64_t rows, int64_t columns, int64_t stride, Address bias, Address tokens,
+                         Address column, Address grad, Address nll, double label_smoothing, double z_loss, int dtype) {
+            return AdaptiveRows{at(logits), rows, columns, stride, at(bias), at<const int64_t>(tokens),
+                                at<const int64_t>(column), at(grad), at(nll), label_smoothing, z_loss, DType(dtype)};
+        }));
+    m.def("adaptive_rows_cpu", [](const AdaptiveRows& p) { CPU(adaptive_rows)(p); }, nogil());
 
     py::class_<Compression>(m, "Compression")
         .def(py::init([](RowsTuple memory, RowsTuple compressed, Address choice, int64_t batch, int64_t steps, int64_t width,
@@ -134,6 +138,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("ar_tar_backward_cuda", [](const ArTar& p, Address grad, Address scale, RowsTuple d_output, RowsTuple d_raw, Address stream) {
         cuda::ar_tar_backward(p, at(grad), at(scale), rows(d_output), rows(d_raw), at(stream));
     }, nogil());
+    m.def("adaptive_bucket_counts_cuda", &cuda::adaptive_bucket_counts);
+    m.def("adaptive_buckets_cuda", [](const AdaptiveBuckets& p, Address counts, Address stream) {
+        cuda::adaptive_buckets(p, at<int64_t>(counts), at(stream));
+    }, nogil());
+    m.def("adaptive_rows_cuda", [](const AdaptiveRows& p, Address stream) { cuda::adaptive_rows(p, at(stream)); }, nogil());
     m.def("compress_forward_cuda", [](const Compression& p, Address usage, Address stream) {
         cuda::compress_forward(p, at<float>(usage), at(stream));
     }, nogil());

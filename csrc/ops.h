@@ -52,6 +52,7 @@ struct AdaptiveBuckets {
     bool descending;                   // the head's column of the first tail is its last one
     int64_t *head_column, *tail_column;  // the target's column in the head and in its tail; -1 for none
     int64_t *order, *offsets;            // order[offsets[i] .. offsets[i + 1]]: the tokens of tail i, in their order
+    int64_t* bad;                        // on a GPU: takes a target that is no class, whose head_column is then -2
 };
 
 // A block of rows of one softmax of it: logits become the gradient of the rows' loss in place, if that is wanted.
@@ -64,7 +65,7 @@ struct AdaptiveRows {
     const void* grad;        // by token, or nullptr: no gradient is wanted
     void* nll;               // by token; the rows' losses are added to it
     double label_smoothing, z_loss;
-    DType dtype;  // f32 or f64, of everything
+    DType dtype;  // of the gradient; all else is in its arithmetic type, on the CPU the gradient too
 };
 
 enum class Compressor : int { mean, max, most_used, given };
@@ -137,6 +138,10 @@ namespace par_xl::cuda {
 int64_t ar_tar_parts(const ArTar& p);
 void ar_tar_forward(const ArTar& p, double alpha, double beta, void* partial_sums, void* loss, void* scale, void* stream);
 void ar_tar_backward(const ArTar& p, const void* grad, const void* scale, Rows d_output, Rows d_raw, void* stream);
+int64_t adaptive_bucket_counts(const AdaptiveBuckets& p);
+void adaptive_buckets(const AdaptiveBuckets& p, int64_t* counts, void* stream);
+// stride: a multiple of 64; a narrower gradient starts where its row of logits does; nll is written, without `tokens`
+void adaptive_rows(const AdaptiveRows& p, void* stream);
 void compress_forward(const Compression& p, const float* usage, void* stream);
 void compress_backward(const Compression& p, void* stream);
 void memory_update(const MemoryUpdate& p, void* stream);

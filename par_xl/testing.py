@@ -267,6 +267,16 @@ class OpChecks:
         )
         self._compare(self.on(backend), self.on(backend), other, inputs)
 
+    def test_gradient_of_a_sum(self, backend: str, device: str) -> None:
+        """autograd expands it from one number, with strides of 0."""
+        inputs = self.first_case(torch.float32, device)
+        got, wanted = (
+            torch.autograd.grad(tree_flatten(self.on(b)(**inputs))[0][0].sum(), leaves(inputs), materialize_grads=True)
+            for b in (backend, "eager")
+        )
+        for x, y in zip(got, wanted, strict=True):
+            torch.testing.assert_close(x, y)
+
     def test_autocast(self, backend: str, device: str) -> None:
         inputs = self.first_case(torch.float32, device)
         with torch.autocast(device, torch.bfloat16):

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import par_xl
-from par_xl.machine_code import compile_launches
+from par_xl.machine_code import compile_launches, cuda_kernels
 from par_xl.testing import OpChecks, assert_capturable, leaves, make_inputs, run
 
 V, CUTOFFS = 97, [30, 50]
@@ -159,6 +159,18 @@ class TestAdaptiveNLL(OpChecks):
         assert (nll[~kept] == 0).all() and (nll[kept] > 0).all()
         (d_input,) = torch.autograd.grad(nll.sum(), inputs["input"])
         assert (d_input[~kept] == 0).all()
+
+    @pytest.mark.parametrize("workspace", [None, 0])
+    def test_tables_stored_by_columns(self, workspace, backend, device):
+        inputs = make_inputs(torch_layout(21, bias=False, workspace=workspace), torch.float32, device)
+        turned = lambda t: t.detach().t().contiguous().t().requires_grad_()  # noqa: E731
+        inputs.update(input=turned(inputs["input"]), weights=[turned(w) for w in inputs["weights"]])
+        got, wanted = (
+            torch.autograd.grad(self.on(b)(**inputs).sum(), [inputs["input"], *inputs["weights"]])
+            for b in (backend, "eager")
+        )
+        for x, y in zip(got, wanted, strict=True):
+            torch.testing.assert_close(x, y)
 
     def test_empty_tails_have_zero_gradients(self, backend, device):
         """Not None, which DDP waits for in vain (fairseq refuses it for that)."""
@@ -335,7 +347,7 @@ def test_number_of_threads_does_not_change_the_row_kernel():
         torch.set_num_threads(n)
         out, nll = z.clone(), torch.zeros(64)
         addresses = (0, 0, y.data_ptr(), grad.data_ptr(), nll.data_ptr())
-        _C.adaptive_rows_cpu(out.data_ptr(), 64, 5000, 5000, *addresses, 0.1, 0.01, 2)
+        _C.adaptive_rows_cpu(_C.AdaptiveRows(out.data_ptr(), 64, 5000, 5000, *addresses, 0.1, 0.01, 2))
         results.append((out, nll))
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
@@ -388,3 +400,17 @@ def test_triton_machine_code():
         for capability in (80, 90, 100):
             found = [x.sass for x in compiled if (x.kernel, x.capability) == (kernel, capability)]
             assert any(name in sass for sass in found for name in tensor_cores), (kernel, capability)
+
+
+@pytest.mark.skipif(not cuda_kernels("differentiate_row"), reason="the extension was built without CUDA kernels")
+def test_cuda_machine_code():
+    """No spills; logits and gradients move 16 bytes at a time, between global and shared memory too."""
+    rows, sorts = cuda_kernels("differentiate_row"), [*cuda_kernels("count_tails"), *cuda_kernels("place_tokens")]
+    capabilities = len({one.capability for one in rows})
+    assert len(rows) == capabilities * 4 * 2 and len(sorts) == capabilities * 2
+    for one in (*rows, *sorts):
+        assert one.stack == 0, (one.kernel, one.capability)
+    for one in rows:
+        assert "LDG.E.128" in one.sass and "STG.E.128" in one.sass, (one.kernel, one.capability)
+        if "Lb1E" in one.kernel:
+            assert "LDS.128" in one.sass and "STS.128" in one.sass, (one.kernel, one.capability)

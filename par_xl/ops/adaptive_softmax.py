@@ -16,6 +16,7 @@ softmax, as in fairseq's adaptive loss: smoothing over all classes would need ev
 """
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _fake_backward(grad, x, target, weights, biases, projections, cluster_weight
     needed, wide = others[-2], _wide(x)
     inputs = (x, *weights, *biases, *projections, cluster_weight, cluster_bias)
     gradients = [
-        torch.empty_like(t, dtype=wide) if need else x.new_empty(0, dtype=wide)
+        x.new_empty(t.shape if need else 0, dtype=wide)  # contiguous, whatever the strides of t
         for t, need in zip(inputs, needed, strict=True)
     ]
     return _fake_forward(x), gradients
@@ -106,36 +107,55 @@ def _prepared(run: Callable, grad: Tensor | None, x: Tensor, target: Tensor, *in
     wanted = [g if need else None for g, need in zip(gradients, needed, strict=True)]
     parameters = softmaxes(tables, options.ends, separate)
     outputs = softmaxes(unflatten(wanted[1:], len(options.ends)), options.ends, separate)
+    if grad is not None:
+        grad = grad.contiguous()  # that of a sum is one number, expanded
     with torch.autocast(x.device.type, enabled=False):
         run(grad, x, target, parameters, outputs, nll, wanted[0], options)
     return nll, gradients
 
 
-@FORWARD.implement("native")
-def _forward_native(x, target, *inputs):
-    nothing = [False] * (1 + len(Tables(*inputs[:5]).flat()))
-    return _prepared(adaptive_softmax_cpu.run, None, x, target, *inputs, nothing)[0]
-
-
-@BACKWARD.implement("native")
-def _backward_native(*inputs):
-    return _prepared(adaptive_softmax_cpu.run, *inputs)
-
-
-def _run_triton(grad, x, target, softmaxes, gradients, nll, dx, options):
+def _run_triton(grad, x, target, softmaxes, gradients, nll, dx, options, **replaced):
     from par_xl.kernels.adaptive_softmax import run
 
-    if x.device.type == "cpu":
+    if x.device.type == "cpu":  # the interpreter
         check_targets(target, options)
     bad = bad_target(x.device, options.ends[-1], options.ignore_index)
     bad.raise_if_written(options)
-    run(grad, x, target, softmaxes, gradients, nll, dx, bad.word, options)
+    run(grad, x, target, softmaxes, gradients, nll, dx, bad.word, options, **replaced)
+
+
+def _run_native(grad, x, *others):
+    if x.is_cuda:
+        from par_xl.ops.adaptive_softmax_cuda import rows_in_place, sort
+
+        _run_triton(grad, x, *others, sort=sort, rows_in_place=rows_in_place)
+    else:
+        adaptive_softmax_cpu.run(grad, x, *others)
+
+
+def _no_triton(device: str, dtype: torch.dtype) -> str:
+    missing = device == "cuda" and find_spec("triton") is None
+    return "the tails of adaptive_nll are Triton kernels on a GPU, and triton is not installed" if missing else ""
+
+
+def _losses(run: Callable, x: Tensor, target: Tensor, *inputs: Any) -> Tensor:
+    nothing = [False] * (1 + len(Tables(*inputs[:5]).flat()))
+    return _prepared(run, None, x, target, *inputs, nothing)[0]
+
+
+@FORWARD.implement("native", lacks=_no_triton)
+def _forward_native(*inputs):
+    return _losses(_run_native, *inputs)
+
+
+@BACKWARD.implement("native", lacks=_no_triton)
+def _backward_native(*inputs):
+    return _prepared(_run_native, *inputs)
 
 
 @FORWARD.implement("triton")
-def _forward_triton(x, target, *inputs):
-    nothing = [False] * (1 + len(Tables(*inputs[:5]).flat()))
-    return _prepared(_run_triton, None, x, target, *inputs, nothing)[0]
+def _forward_triton(*inputs):
+    return _losses(_run_triton, *inputs)
 
 
 @BACKWARD.implement("triton")

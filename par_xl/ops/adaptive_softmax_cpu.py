@@ -32,7 +32,9 @@ def _sort(target: Tensor, options: Options) -> tuple[Tensor, Tensor, list[Tensor
     offsets, ends = target.new_empty(tails + 1), torch.tensor(options.ends)
     arrays = (t.data_ptr() for t in (head, tail, order, offsets))
     bad = _C.adaptive_buckets_cpu(
-        target.data_ptr(), len(target), ends.data_ptr(), tails, options.descending, options.ignore_index, *arrays
+        _C.AdaptiveBuckets(
+            target.data_ptr(), ends.data_ptr(), len(target), tails, options.ignore_index, options.descending, *arrays, 0
+        )
     )
     if bad >= 0:
         raise options.target_error(target[bad].item())
@@ -92,8 +94,9 @@ class _Part:
         first = begin if tokens is None else 0
         by_token = (None if t is None else t[first:] for t in (self.column, grad, nll))
         addresses = (0 if t is None else t.data_ptr() for t in (self.bias, tokens, *by_token))
+        smoothing = options.label_smoothing, options.z_loss
         _C.adaptive_rows_cpu(
-            z.data_ptr(), *z.shape, self.stride, *addresses, options.label_smoothing, options.z_loss, DTYPES[z.dtype]
+            _C.AdaptiveRows(z.data_ptr(), *z.shape, self.stride, *addresses, *smoothing, DTYPES[z.dtype])
         )
         if grad is None:
             return
