@@ -1,12 +1,7 @@
 """The ``par-xl`` command. A subcommand imports what it needs when it runs; ``par-xl info`` does without Lightning."""
 
-import datetime
-import json
-import logging
-import shlex
 import subprocess
 import sys
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,10 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 import par_xl
+from par_xl.cli_common import (
+    check_vocabulary,
+    choose,
+    console,
+    parse_options,
+    quiet,
+    show,
+    show_architecture,
+    write_record,
+)
 from par_xl.environment import device_name, versions
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=par_xl.__doc__)
-console = Console()
 
 
 def main() -> None:
@@ -102,7 +106,7 @@ def train(
     resume: Resume = None,
 ) -> None:
     """Train a model. Ctrl-C finishes the step and saves; --resume goes on as if nothing had happened."""
-    chosen = _parse_options(options, epochs=epochs, seed=seed, pattern=pattern)
+    chosen = parse_options(options, epochs=epochs, seed=seed, pattern=pattern)
     if pattern is not None and architecture != "par":
         raise ValueError(f"--pattern is for par, not for {architecture}")
     if pattern and set(pattern) <= set("sf-"):  # not the name of a rule
@@ -127,8 +131,8 @@ def search(
 ) -> None:
     """Search the blocks of a PAR Transformer-XL: attention, dense or nothing. Ctrl-C and --resume as for train."""
     how = dict(backend=backend, precision=precision, devices=devices, compile=compile, resume=resume)
-    model, out = _train("par-supernet", data, recipe, out, _parse_options(options, epochs=epochs, seed=seed), how)
-    _show_architecture(model)
+    model, out = _train("par-supernet", data, recipe, out, parse_options(options, epochs=epochs, seed=seed), how)
+    show_architecture(model)
     console.print(f"architecture.png, .gif and .json are there too; par-xl derive {out} makes the plain model")
 
 
@@ -147,8 +151,8 @@ def derive(
     out = out or run / "derived"
     derived = model.derived()
     save_run(derived, vocabulary, out)
-    _write_record(out / "result.json", {"architecture": "par", "model": asdict(derived.config), "from": str(run)})
-    _show_architecture(model)
+    write_record(out / "result.json", {"architecture": "par", "model": asdict(derived.config), "from": str(run)})
+    show_architecture(model)
     console.print(f"the plain model is in {out}; par-xl train par --start {out} trains it on,", highlight=False)
     console.print(f"par-xl train par --pattern={model.derive()} from new weights", highlight=False)
 
@@ -157,17 +161,19 @@ def _train(
     architecture: str, data: str, recipe: str, out: Path | None, options: dict[str, str], how: dict[str, Any]
 ) -> tuple[Any, Path]:
     """What ``train`` and ``search`` do."""
-    _quiet()
+    quiet()
     from par_xl.data import load_corpus
     from par_xl.training import TRAININGS, load_run, override
 
-    recipes, run = _chosen(TRAININGS, architecture, "architecture")
+    recipes, run = choose(TRAININGS, architecture, "architecture")
     name = recipe or ("human-numbers" if data == "human-numbers" else "wikitext-2")
-    settings = _chosen(recipes, name, "recipe")
+    settings = choose(recipes, name, "recipe")
     corpus = load_corpus(data)
     if how.get("start") is not None:
         begun, vocabulary = load_run(how["start"])
-        _check_vocabulary(vocabulary, corpus, data, how["start"])
+        check_vocabulary(vocabulary, corpus, data, how["start"])
+        if type(begun.config) is not settings.config_class:
+            raise ValueError(f"--start: {how['start']} holds a {type(begun).__name__}, which {architecture} is not")
         begun_with = {key: value for key, value in asdict(begun.config).items() if key != "vocab_size"}
         settings = replace(settings, model=begun_with)
     settings = override(settings, options)
@@ -183,8 +189,10 @@ def _train(
     }
     used = {key: value for key, value in asdict(settings).items() if key != "model"}
     described = {"architecture": architecture, "model": asdict(model.config), "recipe": used}
-    _write_record(out / "result.json", {**described, "result": result, "validations": history.valid})
-    _show(result)
+    if hasattr(model, "derive"):
+        described |= {"pattern": model.derive(), "probabilities": model.probabilities().tolist()}
+    write_record(out / "result.json", {**described, "result": result, "validations": history.valid})
+    show(result)
     console.print(f"weights, losses.png, result.json and TensorBoard's events are in {out}", highlight=False)
     return model, out
 
@@ -212,9 +220,9 @@ def evaluate(
 
     model, vocabulary = load_run(run)
     corpus = load_corpus(data)
-    _check_vocabulary(vocabulary, corpus, data, run)
+    check_vocabulary(vocabulary, corpus, data, run)
     chosen = {
-        key: read_option(key, value, getattr(model.config, key, "")) for key, value in _parse_options(lengths).items()
+        key: read_option(key, value, getattr(model.config, key, "")) for key, value in parse_options(lengths).items()
     }
     if chosen and not hasattr(model, "reset_lengths"):
         raise ValueError(f"--set: a {type(model).__name__} has no lengths")
@@ -223,8 +231,8 @@ def evaluate(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     with par_xl.use_backend(backend):
         result = evaluate(model, corpus, split, batch_size, bptt)
-    _write_record(run / f"eval-{split}.json", {"model": asdict(model.config), "result": result})
-    _show(result)
+    write_record(run / f"eval-{split}.json", {"model": asdict(model.config), "result": result})
+    show(result)
 
 
 @app.command(no_args_is_help=True)
@@ -251,16 +259,17 @@ def generate(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures, tables and runs.")] = Path("demo-output"),
-    epochs: Annotated[int, typer.Option(help="Length of each of the two trainings.")] = 20,
+    epochs: Annotated[int, typer.Option(help="Length of each of the two searches.")] = 8,
 ) -> None:
-    """The whole library in a few minutes: backends, accuracy of the ops, and one training on two backends."""
-    _quiet()
+    """The whole library in a few minutes: backends, accuracy of the ops, and one search on two backends."""
+    quiet()
     from par_xl.training.demo import check_ops, race
 
     info()
     console.print(check_ops())
     console.print(race(out, epochs))
     console.print(f"both loss curves on top of each other: {out / 'losses.png'}", highlight=False)
+    console.print(f"the search as a picture and a film: {out / 'auto' / 'architecture'}.png and .gif", highlight=False)
 
 
 @app.command()
@@ -277,63 +286,6 @@ def bench(
     status = subprocess.call([sys.executable, "-m", "pytest", *map(str, files), *options])
     subprocess.check_call([sys.executable, str(folder / "report.py")])
     raise typer.Exit(status)
-
-
-def _parse_options(options: list[str] | None, **more: Any) -> dict[str, str]:
-    """``NAME=VALUE`` by name, and those of ``more`` that are given."""
-    parsed = {}
-    for option in options or []:
-        name, separator, value = option.partition("=")
-        if not separator:
-            raise ValueError(f"--set takes NAME=VALUE, not {option!r}")
-        parsed[name] = value
-    return parsed | {name: str(value) for name, value in more.items() if value is not None}
-
-
-def _check_vocabulary(vocabulary: Any, corpus: Any, data: str, run: Path) -> None:
-    if corpus.vocabulary.words != vocabulary.words:
-        raise ValueError(f"{data} is not what {run} was trained on: its vocabulary is another one")
-
-
-def _chosen(table: dict[str, Any], name: str, what: str) -> Any:
-    if name not in table:
-        raise ValueError(f"there is no {what} {name!r}; there are {', '.join(table)}")
-    return table[name]
-
-
-def _show(result: dict[str, float]) -> None:
-    table = Table(show_header=False)
-    for name, value in result.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
-    console.print(table, highlight=False)
-
-
-def _show_architecture(model: Any) -> None:
-    """A SuperNet's pattern and the probabilities behind it."""
-    table = Table("block", "attention", "dense", "identity", title=model.derive())
-    for i, row in enumerate(model.probabilities().tolist()):
-        table.add_row(str(i + 1), *(f"[bold]{p:.3f}[/bold]" if p == max(row) else f"{p:.3f}" for p in row))
-    console.print(table, highlight=False)
-
-
-def _write_record(path: Path, contents: dict[str, Any]) -> None:
-    """A result with what is needed to get it again."""
-    record = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(),
-        "versions": versions(),
-        **contents,
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _quiet() -> None:
-    """Leave the screen to the progress bar: no advertisement, no notes on Lightning's own doings."""
-    import lightning.pytorch  # noqa: F401  # which sets the level at import
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"lightning\.")
 
 
 if __name__ == "__main__":

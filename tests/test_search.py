@@ -1,13 +1,29 @@
 """par_xl.training.search: what the search finds, that it resumes to the bit, and what it leaves behind."""
 
 import json
+import os
+import subprocess
+import sys
 
 import lightning as L
 import pytest
 import torch
-from training_helpers import IGNORED, InterruptAt, assert_same_parameters, small_corpus
+from PIL import Image
+from training_helpers import IGNORED, InterruptAt, assert_same_parameters, small_corpus, trainer
 
-from par_xl.training import SEARCH_RECIPES, override, search_par
+from par_xl.data import Corpus, Vocabulary
+from par_xl.models import ParConfig, ParSuperNet
+from par_xl.training import (
+    SEARCH_RECIPES,
+    ArchitectureSearch,
+    LanguageModelData,
+    StopWhenStable,
+    animate_architecture,
+    architecture_history,
+    override,
+    plot_architecture,
+    search_par,
+)
 from par_xl.training import search as search_module
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(*IGNORED)]
@@ -33,26 +49,247 @@ def small(**options):
     return override(SEARCH_RECIPES["human-numbers"], {**SMALL, **options})
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_resumed_search_gives_the_numbers_of_an_uninterrupted_one(corpus, tmp_path, monkeypatch, variant):
-    """Weights, probabilities at every step and losses, to the bit: before, at and after a validation."""
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """They take longer than these searches."""
+    for name in ("plot_architecture", "animate_architecture"):
+        monkeypatch.setattr(architecture_history, name, lambda *_: None)
+
+
+INTERRUPTED = [("two optimizers", 3), ("two optimizers", 19), ("held out", 19), ("held out", 33), ("hard", 33)]
+INTERRUPTED += [("one optimizer", 31), ("one optimizer", 54)]
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(("variant", "step"), INTERRUPTED)
+def test_a_resumed_search_gives_the_numbers_of_an_uninterrupted_one(corpus, tmp_path, monkeypatch, variant, step):
+    """Weights, probabilities at every step and losses, to the bit.
+
+    A validation follows every 10th step; an epoch has 32 steps, "held out" 29; "one optimizer" ends after 55.
+    """
     recipe = small(**VARIANTS[variant])
     expected, history = search_par(corpus, recipe, tmp_path / "whole", devices=1)
     snapshots = json.loads((tmp_path / "whole" / "architecture.json").read_text())
     assert len({str(p) for p in snapshots["probabilities"]}) > 10
-    fit = search_module.fit
-    for step in (3, 19, 33):  # the 20th step has a validation; an epoch has 32 steps, held out 29
-        out = tmp_path / str(step)
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        fit = search_module.fit
 
-        def interrupted(*arguments, callbacks, step=step, **options):
+        def interrupted(*arguments, callbacks, **options):
             return fit(*arguments, callbacks=[*callbacks, InterruptAt(step)], **options)
 
-        monkeypatch.setattr(search_module, "fit", interrupted)
+        patch.setattr(search_module, "fit", interrupted)
         with pytest.raises(SystemExit):
             search_par(corpus, recipe, out, devices=1)
-        monkeypatch.setattr(search_module, "fit", fit)
-        torch.rand(17), L.seed_everything(99, verbose=False)
-        model, resumed = search_par(corpus, recipe, out, devices=1, resume=out / "interrupted.ckpt")
-        assert resumed.train == history.train and resumed.valid == history.valid, step
-        assert json.loads((out / "architecture.json").read_text()) == snapshots
-        assert_same_parameters(model, expected, rtol=0, atol=0)
+    torch.rand(17), L.seed_everything(99, verbose=False)  # nothing of this process may matter
+    model, resumed = search_par(corpus, recipe, out, devices=1, resume=out / "interrupted.ckpt")
+    assert resumed.train == history.train and resumed.valid == history.valid
+    assert json.loads((out / "architecture.json").read_text()) == snapshots
+    assert_same_parameters(model, expected, rtol=0, atol=0)
+
+
+def copying(generator, blocks):
+    """Blocks of 8 random tokens, each followed by itself: windows of 8 need their memory to copy."""
+    return torch.randint(16, (blocks, 1, 8), generator=generator).expand(-1, 2, -1).flatten().int()
+
+
+def mapping(generator, length):
+    """Each token is a fixed function of the one before, but for one in five, which is random."""
+    function = torch.randperm(16, generator=generator).tolist()
+    fresh = torch.rand(length, generator=generator) < 0.2
+    tokens = torch.randint(16, (length,), generator=generator).tolist()
+    for i in range(1, length):
+        tokens[i] = tokens[i] if fresh[i] else function[tokens[i - 1]]
+    return torch.tensor(tokens, dtype=torch.int32)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("task", "keeps"), [(copying, True), (mapping, False)])
+def test_attention_is_kept_where_it_is_needed_and_dropped_where_not(tmp_path, task, keeps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = task(generator, 1250 if keeps else 20_000)
+    corpus = Corpus(Vocabulary(map(str, range(16))), tokens[:19_000], tokens[19_000:])
+    options = dict(
+        n_layer=2, n_head=2, d_model=32, d_inner=32, mem_len=8, dropout=0, batch_size=16, bptt=8, epochs=3,
+        lr=1e-2, warmup=0, architecture_lr=5e-2, architecture_share=1.0, freeze=60, seed=seed,
+    )  # fmt: skip
+    recipe = override(SEARCH_RECIPES["human-numbers"], options)
+    model, _ = search_par(corpus, recipe, tmp_path, devices=1)
+    attention = model.probabilities()[:, 0]
+    assert ("s" in model.derive()) == keeps
+    assert (attention.max() > 0.8) if keeps else (attention.max() < 0.5), attention
+
+
+def probabilities_by_step(folder):
+    record = json.loads((folder / "architecture.json").read_text())
+    return dict(zip(record["steps"], record["probabilities"], strict=True))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_architecture_learns_when_it_should(corpus, tmp_path):
+    """Not for the first 8 steps, then at every fifth; in all steps with a single optimiser."""
+    search_par(corpus, small(freeze=8, max_steps=30, architecture_share=0.2), tmp_path / "two", devices=1)
+    seen = probabilities_by_step(tmp_path / "two")
+    changed = [step for step in range(1, 31) if seen[step] != seen[step - 1]]
+    assert changed == [13, 18, 23, 28]
+    recipe = small(two_optimizers=False, freeze=8, max_steps=5)
+    search_par(corpus, recipe, tmp_path / "one", devices=1)
+    seen = probabilities_by_step(tmp_path / "one")
+    assert all(seen[step] != seen[step - 1] for step in range(1, 6))
+
+
+class Gradients(L.Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        model = module.model
+        self.steps.append([p.grad is not None for p in (model.choice.pi, model.layers[0].pos_ff.CoreNet[0].weight)])
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_each_batch_teaches_whom_it_should(corpus, held_out):
+    """With held-out tokens the weights' batch gives the architecture no gradient, and theirs the weights none."""
+    model = ParSuperNet(ParConfig(len(corpus.vocabulary), n_layer=2, n_head=2, d_model=8, d_inner=8, mem_len=8))
+    recipe = small(freeze=2, architecture_share=0.5, schedule="constant", dropout=0.0)
+    module = ArchitectureSearch(model, recipe, corpus.valid if held_out else None)
+    gradients = Gradients()
+    trainer(gradients, max_steps=6).fit(module, LanguageModelData(corpus, 4, 12))
+    assert gradients.steps == [[step in (3, 5), True] for step in range(6)]
+    if held_out:
+        model.zero_grad()
+        module._call(*next(iter(LanguageModelData(corpus, 4, 12).streams(corpus.train))), None).loss.backward()
+        assert model.choice.pi.grad is None
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_temperature_falls_to_its_end_and_all_is_logged(corpus, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = small(max_steps=40, temperature_start=2.0, temperature_end=0.2)
+    model, history = search_par(corpus, recipe, tmp_path, devices=1)
+    assert model.temperature == pytest.approx(0.2)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert logged["temperature"] == pytest.approx([2 * 0.1 ** (step / 39) for step in (9, 19, 29, 39)])
+    names = [f"block{i}/{choice}" for i in (1, 2) for choice in ("attention", "dense", "identity")]
+    names += ["train_loss", "val_perplexity", "lr-AdamW/weights", "lr-AdamW/architecture"]
+    assert set(names) <= set(logged)
+    assert [v["step"] for v in history.valid] == [10, 20, 30, 40]
+
+
+def test_stops_when_the_architecture_is_stable():
+    class Model:
+        patterns = iter(["ss", "ss", "sf", "sf", "ff", "ff", "ff", "ff"])
+
+        def derive(self):
+            return next(self.patterns)
+
+    class Stub:
+        should_stop, model = False, Model()
+
+    stub, callback = Stub(), StopWhenStable(2, freeze=2)
+    for stub.global_step in range(1, 10):
+        callback.on_validation_end(stub, stub)
+        if stub.should_stop:
+            break
+        restored = StopWhenStable(2, freeze=2)
+        restored.load_state_dict(callback.state_dict())
+        callback = restored
+    assert stub.global_step == 9  # frozen: 1 and 2; then ss, ss, sf, sf, ff, ff, ff
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_stable_search_ends_early(corpus, tmp_path):
+    recipe = small(patience=2, freeze=5, architecture_lr=1e-6, two_optimizers=True)
+    _, history = search_par(corpus, recipe, tmp_path, devices=1)
+    assert [v["step"] for v in history.valid] == [10, 20, 30]
+    assert (tmp_path / "architecture.json").exists() and (tmp_path / "last.safetensors").exists()
+
+
+def test_pictures(tmp_path):
+    """As many frames as there are snapshots, up to a limit, the last one of the last step; and every frame differs."""
+    history = [(10 * i, [[0.2 + i / 30, 0.5 - i / 30, 0.3], [0.1, 0.2, 0.7 - i / 1000]]) for i in range(6)]
+    for limit, frames in ((4, 4), (50, 6)):
+        assert animate_architecture(history, tmp_path / "a.gif", frames=limit) == frames
+        with Image.open(tmp_path / "a.gif") as film:
+            assert film.n_frames == frames
+            shown = []
+            for i in range(frames):
+                film.seek(i)
+                shown.append(film.convert("RGB").tobytes())
+        assert len(set(shown)) == frames
+    for some in (history, history[:1]):
+        plot_architecture(some, tmp_path / "a.png")
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert animate_architecture(history[:1], tmp_path / "a.gif") == 1
+
+
+def test_the_picture_shows_the_most_likely_choice(monkeypatch, tmp_path):
+    from matplotlib.axes import Axes
+
+    written, write = [], Axes.text
+
+    def spy(self, x, y, text, **options):
+        written.append(text)
+        return write(self, x, y, text, **options)
+
+    monkeypatch.setattr(Axes, "text", spy)
+    plot_architecture([(0, [[1 / 3] * 3] * 2), (50, [[0.7, 0.2, 0.1], [0.15, 0.05, 0.8]])], tmp_path / "a.png")
+    assert written == ["attention 0.70", "identity 0.80", "attention\n0.70", "identity\n0.80"]
+
+
+def test_options_are_checked(corpus, tmp_path):
+    for bad, message in (
+        ({"temperature": "cosine"}, "temperature must be one of constant, linear, exponential"),
+        ({"temperature_end": 0.0}, "temperatures must be positive"),
+        ({"architecture_share": 0.0}, "architecture_share"),
+        ({"held_out": 1.0}, "held_out"),
+        ({"patience": -1}, "patience"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small(**bad)
+    with pytest.raises(ValueError, match="freeze must be below the number of steps, 20, not 20"):
+        search_par(corpus, small(freeze=20, max_steps=20), tmp_path, devices=1)
+
+
+RANKS = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from test_search import small
+from training_helpers import small_corpus
+import par_xl.models.par as par
+from par_xl.training import architecture_history, search_par
+import lightning as L, os
+
+architecture_history.plot_architecture = architecture_history.animate_architecture = lambda *_: None
+draw, samples = par.RelaxedOneHot.forward, []
+def spy(self, *arguments):
+    sample = draw(self, *arguments)
+    if self.training:
+        samples.append(sample.detach().clone())
+    return sample
+par.RelaxedOneHot.forward = spy
+options = dict(max_steps=12, freeze=2, batch_size=2, eval_every=6, hard=sys.argv[2] == "hard")
+model, _ = search_par(small_corpus(), small(**options), sys.argv[1], devices=2)
+weight = model.layers[0].pos_ff.CoreNet[0].weight
+state = {"samples": torch.stack(samples), "pi": model.choice.pi.detach(), "weight": weight.detach()}
+torch.save(state, sys.argv[1] + "/rank" + os.environ.get("LOCAL_RANK", "0"))
+"""
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_two_ranks_draw_the_same_samples_and_stay_alike(tmp_path, kind):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    command = [sys.executable, tmp_path / "ranks.py", tmp_path, kind]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, other = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
+    assert len(one["samples"]) == 12
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+    assert not torch.equal(one["pi"], torch.zeros_like(one["pi"]))

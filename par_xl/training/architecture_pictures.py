@@ -40,7 +40,7 @@ def plot_architecture(history: Sequence[Snapshot], path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def animate_architecture(history: Sequence[Snapshot], path: str | Path, frames: int = 100) -> int:
+def animate_architecture(history: Sequence[Snapshot], path: str | Path, frames: int = 60) -> int:
     """Draw an animated GIF: all blocks side by side as training goes on.
 
     At most ``frames`` of ``history`` are shown, spread evenly.
@@ -55,12 +55,17 @@ def animate_architecture(history: Sequence[Snapshot], path: str | Path, frames: 
     chosen = [history[round(i * (len(history) - 1) / max(1, n - 1))] for i in range(n)]
     figure = Figure(figsize=(2 + 0.9 * len(history[0][1]), 3), layout="constrained")
     axes = figure.subplots()
-    figure.colorbar(_blocks(axes, chosen[0][1], ""), ax=axes)
+    image = _blocks(axes, chosen[0][1], "step")
+    figure.colorbar(image, ax=axes)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # everything is in its place now: a frame costs its drawing only
     writer = PillowWriter(fps=10)
     with writer.saving(figure, str(path), dpi=80):
         for step, probabilities in chosen:
-            axes.clear()
-            _blocks(axes, probabilities, f"step {step:,}")
+            while axes.texts:
+                axes.texts[0].remove()
+            image.set_data(_write(axes, probabilities))
+            axes.set_title(f"step {step:,}")
             writer.grab_frame()
     return n
 
@@ -69,19 +74,24 @@ _COLOURS: dict[str, Any] = {"cmap": "viridis", "vmin": 0.0, "vmax": 1.0}
 
 
 def _blocks(axes: Any, probabilities: Sequence[Sequence[float]], title: str) -> Any:
-    """A heat map, choices x blocks, with the most likely choice of each block and its probability written in."""
+    """A heat map, choices x blocks, with what :func:`_write` writes."""
+    image = axes.imshow(_write(axes, probabilities), aspect="auto", **_COLOURS)
+    axes.set_xticks(range(len(probabilities)), [str(block + 1) for block in range(len(probabilities))])
+    axes.set_yticks(range(len(CHOICES)), CHOICES)
+    axes.set(xlabel="block", title=title)
+    return image
+
+
+def _write(axes: Any, probabilities: Sequence[Sequence[float]]) -> Any:
+    """Write each block's most likely choice and its probability into the map, of which this returns the values."""
     import numpy as np
 
     values = np.asarray(probabilities).T
-    image = axes.imshow(values, aspect="auto", **_COLOURS)
     for block, choice in enumerate(values.argmax(0)):
         value = values[choice, block]
         text = f"{CHOICES[choice]}\n{value:.2f}"
         axes.text(block, choice, text, ha="center", va="center", fontsize=8, color="black" if value > 0.6 else "white")
-    axes.set_xticks(range(values.shape[1]), [str(block + 1) for block in range(values.shape[1])])
-    axes.set_yticks(range(len(CHOICES)), CHOICES)
-    axes.set(xlabel="block", title=title)
-    return image
+    return values
 
 
 def _edges(steps: Sequence[int]) -> list[float]:

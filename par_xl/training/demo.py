@@ -1,4 +1,4 @@
-"""What ``make demo`` shows: the error of every op on every backend, and one training on two backends."""
+"""What ``make demo`` shows: the error of every op on every backend, and one search on two backends."""
 
 import os
 import statistics
@@ -14,10 +14,10 @@ from rich.table import Table
 
 import par_xl
 from par_xl.data import load_corpus
-from par_xl.models import AWDLSTM
+from par_xl.models import ParSuperNet
 from par_xl.testing import Case, largest_error, make_inputs, peak_memory, promoted, run
-from par_xl.training.awd_lstm import RECIPES, train_awd_lstm
 from par_xl.training.history import plot_losses
+from par_xl.training.search import SEARCH_RECIPES, search_par
 
 BACKENDS = ("eager", "auto")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,12 +98,12 @@ def _relative_error(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float
 
 
 def race(out: Path, epochs: int) -> Table:
-    """Train one small AWD-LSTM from one seed on ``eager`` and on ``auto``, and draw both loss curves into ``out``."""
+    """Search one small SuperNet from one seed on ``eager`` and on ``auto``, and draw both loss curves into ``out``."""
     corpus = load_corpus("human-numbers")
-    recipe = replace(RECIPES["human-numbers"], epochs=epochs)
+    recipe = replace(SEARCH_RECIPES["human-numbers"], epochs=epochs)
     histories, columns = {}, {}
     for backend in BACKENDS:
-        model, histories[backend] = train_awd_lstm(corpus, recipe, out / backend, backend=backend, devices=1)
+        model, histories[backend] = search_par(corpus, recipe, out / backend, backend=backend, devices=1)
         columns[backend] = {
             "training loss": histories[backend].train[-1][1],
             "validation loss": histories[backend].valid[-1]["val_loss"],
@@ -112,7 +112,8 @@ def race(out: Path, epochs: int) -> Table:
     plot_losses(histories, out / "losses.png")
     for backend, costs in measure(model.to(DEVICE).train(), recipe.batch_size, recipe.bptt).items():
         columns[backend] |= costs
-    table = Table("", *BACKENDS, "ratio", title=f"AWD-LSTM with AR/TAR on human-numbers, {epochs} epochs")
+    title = f"Search of a PAR Transformer-XL on human-numbers, {epochs} epochs: {model.derive()}"
+    table = Table("", *BACKENDS, "ratio", title=title)
     for name, first in columns[BACKENDS[0]].items():
         second = columns[BACKENDS[1]][name]
         values = (f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for value in (first, second))
@@ -120,41 +121,36 @@ def race(out: Path, epochs: int) -> Table:
     return table
 
 
-def measure(model: AWDLSTM, batch_size: int, bptt: int, rounds: int = 100) -> dict[str, dict[str, float]]:
-    """What a training step and its AR/TAR part cost on each backend.
+def measure(model: ParSuperNet, batch_size: int, bptt: int, rounds: int = 30) -> dict[str, dict[str, float]]:
+    """What a training step costs on each backend.
 
     Medians of steps in which the backends take turns: two trainings, one after the other, differ by more than this
     whenever something else runs on the machine.
     """
     tokens = torch.randint(model.config.vocab_size, (batch_size, bptt), device=DEVICE)
-    output, raw = (torch.randn(batch_size, bptt, model.widths[-1], device=DEVICE, requires_grad=True) for _ in range(2))
+    memory = model(tokens).memory
 
     def step(backend: str) -> None:
-        result = model(tokens, tokens)
-        loss = result.loss + par_xl.ar_tar_loss(result.outputs[-1], result.raw_outputs[-1], backend=backend)
-        model.zero_grad()
-        loss.backward()
+        with par_xl.use_backend(backend):
+            model(tokens, tokens, memory).loss.backward()
+            model.zero_grad()
 
-    def ar_tar(backend: str) -> Any:
-        return torch.autograd.grad(par_xl.ar_tar_loss(output, raw, backend=backend), (output, raw))
-
-    seconds: dict[tuple[Callable, str], list[float]] = {(f, b): [] for f in (step, ar_tar) for b in BACKENDS}
+    seconds: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
     for _ in range(rounds):
-        for (function, backend), samples in seconds.items():
+        for backend, samples in seconds.items():
             start = time.perf_counter()
-            function(backend)
+            step(backend)
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
             samples.append(time.perf_counter() - start)
     with _silent_profiler():
-        megabytes = {b: peak_memory(lambda b=b: ar_tar(b), torch.device(DEVICE)) / 2**20 for b in BACKENDS}  # type: ignore[misc]
+        megabytes = {b: peak_memory(lambda b=b: step(b), torch.device(DEVICE)) / 2**20 for b in BACKENDS}  # type: ignore[misc]
     return {
         backend: {
-            "tokens per second": round(tokens.numel() / statistics.median(seconds[step, backend])),
-            "AR/TAR, ms a step": statistics.median(seconds[ar_tar, backend]) * 1e3,
-            "AR/TAR, peak MB": megabytes[backend],
+            "tokens per second": round(tokens.numel() / statistics.median(samples)),
+            "peak MB of a step": megabytes[backend],
         }
-        for backend in BACKENDS
+        for backend, samples in seconds.items()
     }
 
 

@@ -214,11 +214,11 @@ def _constant(parameters: Iterator[nn.Parameter]) -> Iterator[None]:
 
 _SMALL = dict(n_layer=6, n_head=4, d_model=128, d_inner=512, dropout=0.1, mem_len=16, cutoffs=(250, 2500))
 SEARCH_RECIPES = {
-    # Small enough for seconds on a CPU
+    # Small enough for a minute on a CPU
     "human-numbers": SearchRecipe(
-        epochs=4,
+        epochs=8,
         batch_size=16,
-        bptt=32,
+        bptt=64,
         lr=4e-3,
         schedule="cosine",
         warmup=20,
@@ -226,7 +226,7 @@ SEARCH_RECIPES = {
         freeze=50,
         architecture_lr=5e-2,
         architecture_share=0.5,
-        model=dict(n_layer=4, n_head=4, d_model=64, d_inner=128, dropout=0.1, mem_len=32),
+        model=dict(n_layer=4, n_head=4, d_model=64, d_inner=128, dropout=0.1, mem_len=64),
     ),
     # The published project's small configuration (base_model.sh), for pieces of WikiText-2
     "wikitext-2": SearchRecipe(
