@@ -197,3 +197,56 @@ def test_transformer_xl_is_trained_evaluated_and_continues_a_text(command, tmp_p
     ]:
         code, _, errors = command(*arguments)
         assert code == 2 and complaint in " ".join(errors.split()), errors
+
+
+def test_search_derive_train_evaluate_and_generate(command, tmp_path):
+    """On SentencePiece's pieces: a search, the plain model of it, a training from its weights and one from new ones."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for split, lines in (("train", 90), ("valid", 15), ("test", 15)):
+        (data / f"{split}.txt").write_text("the cat sat on the mat\nand the dog ran\n" * lines)
+    pieces = f"pieces-275:{data}"
+    sizes = ("n_layer=3", "n_head=2", "d_model=16", "d_inner=16", "mem_len=8", "bptt=8", "batch_size=4", "cutoffs=9,20")
+    steps = ("eval_every=10", "max_steps=25", "warmup=0", "lr=1e-2")
+    small = [word for option in (*sizes, *steps) for word in ("--set", option)]
+    code, shown, errors = command("search", "--data", pieces, "--out", run, *small, "--set", "freeze=3")
+    assert code == 0, errors
+    record = json.loads((run / "result.json").read_text())
+    assert [v["step"] for v in record["validations"]] == [10, 20, 25]
+    assert record["pattern"] in shown and "identity" in shown
+    for name in ("architecture.png", "architecture.gif", "architecture.json", "vocabulary.model"):
+        assert (run / name).stat().st_size > 0
+
+    code, shown, errors = command("derive", run)
+    assert code == 0 and record["pattern"] in shown, errors
+    evaluated = []
+    for folder in (run, run / "derived"):
+        code, shown, errors = command("eval", folder, "--data", pieces, "--batch-size", 2, "--bptt", 8)
+        assert code == 0 and "word_perplexity" in shown, errors
+        evaluated.append(json.loads((folder / "eval-test.json").read_text())["result"])
+    assert evaluated[0]["loss"] == pytest.approx(evaluated[1]["loss"], rel=1e-5)
+    assert evaluated[0]["word_perplexity"] > evaluated[0]["perplexity"]
+    code, shown, errors = command("generate", run / "derived", "--prompt", "the cat", "--tokens", 8)
+    assert code == 0 and shown.startswith("the cat") and "▁" not in shown, errors
+
+    train = ("train", "par", "--data", pieces)
+    more = ("--out", tmp_path / "more", *small[-8:], "--set", "bptt=8", "--set", "batch_size=4")
+    code, _, errors = command(*train, "--start", run / "derived", *more)
+    assert code == 0, errors
+    trained_on = json.loads((tmp_path / "more" / "result.json").read_text())
+    assert trained_on["model"]["pattern"] == record["pattern"]
+    assert trained_on["validations"][0]["val_loss"] < record["validations"][0]["val_loss"]
+    for pattern, expected in (("-sf", "-sf"), ("par", "sff")):
+        code, _, errors = command(*train, "--pattern", pattern, "--out", tmp_path / pattern, *small)
+        assert code == 0, errors
+        assert json.loads((tmp_path / pattern / "result.json").read_text())["model"]["pattern"] == expected
+
+    for arguments, complaint in [
+        (("derive", tmp_path / "par"), "only a search has"),
+        ((*train, "--pattern", "sxf"), "pattern must consist of"),
+        ((*train, "--start", run), "pattern must not be empty"),
+        (("train", "transformer-xl", "--data", pieces, "--start", run), "holds a ParSuperNet"),
+        (("train", "awd-lstm", "--data", pieces, "--pattern", "sf"), "--pattern is for par"),
+    ]:
+        code, _, errors = command(*arguments)
+        assert code == 2 and complaint in " ".join(errors.split()), errors

@@ -88,16 +88,16 @@ def test_a_resumed_search_gives_the_numbers_of_an_uninterrupted_one(corpus, tmp_
     assert_same_parameters(model, expected, rtol=0, atol=0)
 
 
-def copying(generator, blocks):
+def copying(generator, length):
     """Blocks of 8 random tokens, each followed by itself: windows of 8 need their memory to copy."""
-    return torch.randint(16, (blocks, 1, 8), generator=generator).expand(-1, 2, -1).flatten().int()
+    return torch.randint(16, (length // 16, 1, 8), generator=generator).expand(-1, 2, -1).flatten().int()
 
 
 def mapping(generator, length):
     """Each token is a fixed function of the one before, but for one in five, which is random."""
-    function = torch.randperm(16, generator=generator).tolist()
+    function = torch.randperm(32, generator=generator).tolist()
     fresh = torch.rand(length, generator=generator) < 0.2
-    tokens = torch.randint(16, (length,), generator=generator).tolist()
+    tokens = torch.randint(32, (length,), generator=generator).tolist()
     for i in range(1, length):
         tokens[i] = tokens[i] if fresh[i] else function[tokens[i - 1]]
     return torch.tensor(tokens, dtype=torch.int32)
@@ -105,20 +105,20 @@ def mapping(generator, length):
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("task", "keeps"), [(copying, True), (mapping, False)])
-def test_attention_is_kept_where_it_is_needed_and_dropped_where_not(tmp_path, task, keeps, seed):
+@pytest.mark.parametrize(("task", "n_words", "keeps"), [(copying, 16, True), (mapping, 32, False)])
+def test_attention_is_kept_where_it_is_needed_and_dropped_where_not(tmp_path, task, n_words, keeps, seed):
     generator = torch.Generator().manual_seed(seed)
-    tokens = task(generator, 1250 if keeps else 20_000)
-    corpus = Corpus(Vocabulary(map(str, range(16))), tokens[:19_000], tokens[19_000:])
+    tokens = task(generator, 20_000)
+    corpus = Corpus(Vocabulary(map(str, range(n_words))), tokens[:19_200], tokens[19_200:])
     options = dict(
-        n_layer=2, n_head=2, d_model=32, d_inner=32, mem_len=8, dropout=0, batch_size=16, bptt=8, epochs=3,
-        lr=1e-2, warmup=0, architecture_lr=5e-2, architecture_share=1.0, freeze=60, seed=seed,
+        n_layer=2, n_head=1, d_model=16, d_inner=64, mem_len=8, dropout=0, batch_size=16, bptt=8, epochs=2,
+        lr=1e-2, warmup=0, architecture_lr=5e-2, architecture_share=1.0, freeze=100, seed=seed,
     )  # fmt: skip
     recipe = override(SEARCH_RECIPES["human-numbers"], options)
     model, _ = search_par(corpus, recipe, tmp_path, devices=1)
     attention = model.probabilities()[:, 0]
     assert ("s" in model.derive()) == keeps
-    assert (attention.max() > 0.8) if keeps else (attention.max() < 0.5), attention
+    assert (attention.max() > 0.8) if keeps else (attention.max() < 0.4), attention
 
 
 def probabilities_by_step(folder):
