@@ -84,6 +84,16 @@ def launches_128():
     launch(128, torch.bfloat16)
 
 
+def launches_others():
+    launch(41, torch.bfloat16)  # rows that are no whole tiles, nor 16 bytes apart
+    launch(64, torch.float32)
+
+
+def test_other_widths_and_types_do_not_spill():
+    for one in compile_launches("test_rel_attention_gpu_kernels:launches_others", (90,)):
+        assert one.stack == 0, one.kernel
+
+
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 
