@@ -237,12 +237,13 @@ def capability() -> int:
     return 0 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
 
 
-def forward_tiles(n_queries: int, block_d: int, dtype: torch.dtype, arch: int) -> Tiles:
+def forward_tiles(n_queries: int, width: int, dtype: torch.dtype, arch: int) -> Tiles:
     if n_queries <= 16:
         return Tiles(16, 32 if dtype == torch.float32 else 64, 4, 2)
     if dtype == torch.float32 and arch:
         return Tiles(32, 32, 8, 1)
-    return Tiles(64, 64, 4 if block_d <= 64 and arch == 90 else 8, 2)
+    # Four warps spill where rows are not whole tiles, and their loads need masks.
+    return Tiles(64, 64, 4 if width == padded(width) <= 64 and arch == 90 else 8, 2)
 
 
 def padded(width: int) -> int:
@@ -291,7 +292,7 @@ def forward(
     n_memory = 0 if k_memory is None else k_memory.shape[2]
     n_keys = n_memory + k.shape[2]
     block_d = padded(width)
-    tiles = forward_tiles(n_queries, block_d, q.dtype, capability())
+    tiles = forward_tiles(n_queries, width, q.dtype, capability())
     programs = batch * heads * triton.cdiv(n_queries, tiles.rows)
     if programs == 0:
         return

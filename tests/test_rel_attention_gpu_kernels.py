@@ -60,16 +60,6 @@ def test_queries_that_see_no_key_may_hold_anything():
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def test_expanded_gradient():
-    """The gradient of a sum has stride 0 everywhere."""
-    inputs = make_inputs(attention(1, 2, 20, 20, 13, 16), torch.float32, "cpu")
-    got, wanted = (
-        torch.autograd.grad(par_xl.rel_attention(**inputs, backend=b).sum(), inputs["q"])[0]
-        for b in ("triton", "eager")
-    )
-    torch.testing.assert_close(got, wanted)
-
-
 def launch(width, dtype):
     """Forward and backward as a language model calls them."""
     from par_xl.kernels.rel_attention import forward
@@ -92,6 +82,16 @@ def launches_64():
 
 def launches_128():
     launch(128, torch.bfloat16)
+
+
+def launches_others():
+    launch(41, torch.bfloat16)  # rows that are no whole tiles, nor 16 bytes apart
+    launch(64, torch.float32)
+
+
+def test_other_widths_and_types_do_not_spill():
+    for one in compile_launches("test_rel_attention_gpu_kernels:launches_others", (90,)):
+        assert one.stack == 0, one.kernel
 
 
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}

@@ -223,7 +223,7 @@ SEARCH_RECIPES = {
         schedule="cosine",
         warmup=20,
         clip=0.25,
-        freeze=50,
+        freeze=30,
         architecture_lr=5e-2,
         architecture_share=0.5,
         model=dict(n_layer=4, n_head=4, d_model=64, d_inner=128, dropout=0.1, mem_len=64),
