@@ -81,10 +81,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("rel_attention_forward_cpu", [](const RelAttention& p, int64_t threads, Address workspace, HeadsTuple out, Address lse) {
         CPU(rel_attention_forward)(p, threads, at(workspace), heads(out), at(lse));
     }, nogil());
-    m.def("rel_attention_backward_cpu", [](const RelAttention& p, int64_t threads, Address workspace, HeadsTuple grad,
-                                           HeadsTuple dq, std::array<HeadsTuple, 4> d, Address dr, Address d_biases) {
+    m.def("rel_attention_backward_cpu", [](const RelAttention& p, int64_t threads, Address workspace, HeadsTuple out,
+                                           Address lse, HeadsTuple grad, HeadsTuple dq, std::array<HeadsTuple, 4> d, Address dr, Address d_biases) {
         const Heads d_keys_values[] = {heads(d[0]), heads(d[1]), heads(d[2]), heads(d[3])};
-        CPU(rel_attention_backward)(p, threads, at(workspace), heads(grad), heads(dq), d_keys_values, at(dr), at(d_biases));
+        CPU(rel_attention_backward)(p, threads, at(workspace), heads(out), at(lse), heads(grad), heads(dq), d_keys_values,
+                                    at(dr), at(d_biases));
     }, nogil());
 
     py::class_<AdaptiveBuckets>(m, "AdaptiveBuckets")

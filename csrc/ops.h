@@ -112,9 +112,10 @@ struct Mix {
     RelAttentionCut rel_attention_cut(const RelAttention& p, bool backward);                   \
     void rel_attention_forward(const RelAttention& p, int64_t threads, void* workspace, Heads out, void* lse); \
     /* d_keys_values: those of k, v, k_memory, v_memory. To be summed over the parts, with width padded to 16:          \
-       dr (parts, heads, positions, width) and d_biases (parts, heads, 2, width) */            \
-    void rel_attention_backward(const RelAttention& p, int64_t threads, void* workspace, Heads grad, Heads dq, \
-                                const Heads* d_keys_values, void* dr, void* d_biases); \
+       dr (parts, heads, positions, width) and d_biases (parts, heads, 2, width). out and lse: null, or those of a \
+       softmax over more keys than these */                                                    \
+    void rel_attention_backward(const RelAttention& p, int64_t threads, void* workspace, Heads out, const void* lse, \
+                                Heads grad, Heads dq, const Heads* d_keys_values, void* dr, void* d_biases); \
     /* -1, or the first token whose target is no class */                                      \
     int64_t adaptive_buckets(const AdaptiveBuckets& p);                                        \
     void adaptive_rows(const AdaptiveRows& p);                                                 \

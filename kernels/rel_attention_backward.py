@@ -91,7 +91,7 @@ def _differentiate_queries(
     n_heads, n_queries, n_memory, n_keys, n_positions, first_position, n_columns, left, right,
     dropout_p: tl.float64,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PART: tl.constexpr,
     TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(chunk_queries, BLOCK_M)
@@ -104,8 +104,9 @@ def _differentiate_queries(
     m0 = first_query + chunk_row
     wide: tl.constexpr = peak.dtype.element_ty
 
-    # Where the results are as precise as lse, its rounding counts: the weights are divided by their sum.
-    NORMALIZE: tl.constexpr = wide == TYPE
+    # Where the results are as precise as lse, its rounding counts: the weights are divided by their sum (which is not 1
+    # if there are more keys than these).
+    NORMALIZE: tl.constexpr = (wide == TYPE) and not PART
 
     a = tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_N)
@@ -120,7 +121,8 @@ def _differentiate_queries(
 
     end, _ = count_keys(lengths, b, n_memory, n_keys, HAS_LENGTHS)
     first, last = seen_keys(i, n_queries, n_keys, end, left, right)  # of each query
-    first = tl.where(last - first == 1, last, first)  # the weight of a single key is constant: exactly no gradient
+    if not PART:
+        first = tl.where(last - first == 1, last, first)  # the weight of a single key is constant: exactly no gradient
     last_query = tl.minimum(m0 + BLOCK_M, n_queries) - 1
     begin, all_end = seen_keys(m0, n_queries, n_keys, end, left, right)
     all_begin, stop = seen_keys(last_query, n_queries, n_keys, end, left, right)
@@ -202,7 +204,7 @@ def _differentiate_keys(
     norm, dk, dv, dk_memory, dv_memory,
     n_heads, n_queries, n_memory, n_keys, n_positions, left, right, dropout_p: tl.float64,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PART: tl.constexpr,
     TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(n_keys, BLOCK_N)
@@ -252,7 +254,7 @@ def _differentiate_keys(
         scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
         scores = product(k_tile, content.T, scores, PRECISION)
         weights = tl.math.exp2(scores - row_peak)
-        if wide == TYPE:
+        if (wide == TYPE) and not PART:
             weights *= tl.load(norm + head + i, mask=is_query, other=0)[None, :]
         masked = (m0 < all_begin) | (m0 + BLOCK_M > all_end)
         visible = (j[:, None] >= first[None, :]) & (j[:, None] < last[None, :]) & is_query[None, :]
@@ -267,7 +269,7 @@ def _differentiate_keys(
         dv_tile = product(dropped.to(TYPE), d_out, dv_tile, PRECISION)
         d_scores = weights * (d_weights - row_delta)
         if masked:
-            d_scores = tl.where(visible & (last - first > 1)[None, :], d_scores, 0.0)  # a single key's weight is 1
+            d_scores = tl.where(visible & ((last - first > 1) | PART)[None, :], d_scores, 0.0)  # a single key's is 1
         dk_tile = product(d_scores.to(TYPE), content, dk_tile, PRECISION)
 
     dk_tile *= tl.full([1, 1], 0.6931471805599453, wide)  # content_q holds the scale, in powers of two
@@ -312,7 +314,7 @@ def _used_rows(r, low, high, n_columns, block_d, n_seen):
 @without_bf16(8)
 def backward(
     grad, q, k, v, r, content_bias, position_bias, k_memory, v_memory, key_lengths, seed, out, lse,
-    left, right, scale, dropout_p, dq, dk, dv, dr, d_content_bias, d_position_bias, dk_memory, dv_memory,
+    part, left, right, scale, dropout_p, dq, dk, dv, dr, d_content_bias, d_position_bias, dk_memory, dv_memory,
 ):  # fmt: skip
     """Fills the gradients of the forward's inputs; those of an absent memory are not touched."""
     batch, heads, n_queries, width = q.shape
@@ -337,7 +339,7 @@ def backward(
     )  # fmt: skip
     flags = dict(
         WIDTH=width, BLOCK_D=block_d, HAS_MEMORY=n_memory > 0, HAS_LENGTHS=key_lengths is not None,
-        HAS_DROPOUT=dropout_p > 0, **products(q.dtype),
+        HAS_DROPOUT=dropout_p > 0, PART=part, **products(q.dtype),
     )  # fmt: skip
 
     tiles = backward_tiles(n_queries, block_d, q.dtype, capability())
@@ -361,7 +363,7 @@ def backward(
         of_heads, of_batch, of_queries = (slice(x.start, x.stop) for x in (h, b, i))
         queries = position_q.transpose(0, 1)[of_heads, of_batch, of_queries].reshape(len(h), -1, block_d)
         d_position = _product(d_position_scores, rows[of_heads], peak.dtype)
-        if q.dtype == norm.dtype:
+        if q.dtype == norm.dtype and not part:
             of_rows = norm.transpose(0, 1)[of_heads, of_batch, of_queries].reshape(len(h), -1, 1)
             queries, d_position = queries * of_rows, d_position * of_rows
         d_rows[of_heads] += _product(d_position_scores.mT, queries, peak.dtype)

@@ -7,9 +7,6 @@ import torch
 from torch import nn
 
 from par_xl.models import CompressiveConfig, CompressiveTransformer, TransformerXL, TransformerXLConfig
-from par_xl.nn.attention_received import attention_received
-from par_xl.nn.positions import distances, sinusoids
-from par_xl.nn.rel_attention import RelPartialLearnableMultiHeadAttn
 
 MODES = {"mean": {}, "max": {}, "conv": {}, "dilated_conv": {"dilation": (1, 2)}, "most_used": {}}
 SMALL = dict(vocab_size=17, n_layer=3, n_head=2, d_model=8, d_head=4, d_inner=16)
@@ -105,12 +102,40 @@ def test_evaluation_has_no_auxiliary_loss():
 
 
 def test_bptt_trains_the_compressors_by_the_task():
-    model = new_model(compression_loss="bptt")
-    outputs = read(model, 4)
+    """Through the segments of one call; the memory it returns is a constant."""
+    model = new_model(compression_loss="bptt", segment_len=4, mem_len=4)
     task, compression = parameters(model)
-    sum(o.loss for o in outputs).backward()
-    assert all(p.grad.any() for p in [*task, *compression])
-    assert not any(rows.requires_grad for rows, _, _ in model.detach(outputs[-1].memory))
+    memory = None
+    for steps, trained in ((8, False), (4, False), (8, True)):  # the first eviction is that of the second segment
+        text = torch.randint(17, (2, steps + 1))
+        output = model(text[:, :-1], text[:, 1:], memory)
+        memory = output.memory
+        model.zero_grad()
+        output.loss.backward()
+        assert all(p.grad.any() for p in task)
+        assert all((p.grad is not None and p.grad.any()) == trained for p in compression)
+        assert not any(rows.requires_grad for rows, _, _ in memory)
+
+
+@pytest.mark.parametrize("loss", ["attention", "none"])
+def test_segments_of_one_call_are_those_of_several(loss):
+    """Also where the last one is shorter."""
+    model, cut = new_model(compression_loss=loss), new_model(compression_loss=loss, segment_len=4)
+    cut.load_state_dict(model.state_dict())
+    text = torch.randint(17, (2, 15))
+    memory, nll, losses = None, [], []
+    for tokens, targets in zip(text[:, :-1].split(4, 1), text[:, 1:].split(4, 1), strict=True):
+        output = model(tokens, targets, memory)
+        memory = output.memory
+        nll.append(output.nll)
+        losses.append(output.compression_losses)
+    got = cut(text[:, :-1], text[:, 1:])
+    torch.testing.assert_close(got.nll, torch.cat(nll, 1))
+    for (rows, n, _), (wanted, m, _) in zip(got.memory, memory, strict=True):
+        torch.testing.assert_close(rows, wanted)
+        assert n == m
+    if loss == "attention":
+        torch.testing.assert_close(got.compression_losses, torch.stack(losses).mean(0))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -132,24 +157,6 @@ def test_memory_in_some_layers():
 def test_zero_start():
     memory = new_model(memory_start="zeros").init_memory(2)
     assert [(rows.shape, n) for rows, n, _ in memory] == [((2, 10, 8), 4)] * 3
-
-
-def test_attention_received():
-    """Against the whole matrix of weights, across blocks of queries."""
-    layer = RelPartialLearnableMultiHeadAttn(2, 8, 4, untie_r=True)
-    nn.init.normal_(layer.r_w_bias), nn.init.normal_(layer.r_r_bias)
-    w, mems = torch.randn(3, 70, 8), torch.randn(3, 5, 8)
-    r = sinusoids(distances(75), 8)
-    q, k, _ = layer.split(layer.qkv_net(torch.cat([mems, w], 1)))
-    q, rows = q[:, :, 5:], layer.r_net(r).view(75, 2, 4).transpose(0, 1)
-    scores = torch.full((3, 2, 70, 75), -math.inf)
-    for i in range(70):
-        for j in range(i + 6):
-            content = ((q[:, :, i] + layer.r_w_bias) * k[:, :, j]).sum(-1)
-            position = ((q[:, :, i] + layer.r_r_bias) * rows[:, j - i + 69]).sum(-1)
-            scores[:, :, i, j] = (content + position) / 2
-    wanted = scores.softmax(-1).sum(2).mean(1)
-    torch.testing.assert_close(attention_received(layer, w, r, mems=mems), wanted)
 
 
 @pytest.mark.parametrize("mode", ["conv", "most_used"])
@@ -218,17 +225,25 @@ def test_compressed_memory_copies_what_memory_alone_has_lost():
 
 
 def test_named_configurations():
-    wt103, enwik8, pg19 = (CompressiveConfig.named(name) for name in ("wt103", "enwik8", "pg19"))
-    assert (wt103.n_layer, wt103.mem_len, wt103.compressed_len, wt103.rate) == (18, 512, 1500, 4)
-    assert (enwik8.n_layer, enwik8.mem_len, enwik8.compressed_len, enwik8.rate) == (24, 768, 1152, 3)
-    assert (pg19.n_layer, pg19.mem_len, pg19.compressed_len, pg19.rate) == (36, 512, 512, 2)
+    names = "n_layer", "segment_len", "mem_len", "compressed_len", "rate"
+    sizes = {n: [getattr(CompressiveConfig.named(n), x) for x in names] for n in ("wt103", "enwik8", "pg19")}
+    assert sizes == {
+        "wt103": [18, 512, 512, 1500, 4],
+        "enwik8": [24, 768, 768, 1152, 3],
+        "pg19": [36, 512, 512, 512, 2],
+    }
+    with pytest.raises(ValueError, match="there is no configuration 'lm1b'; there are wt103"):
+        CompressiveConfig.named("lm1b")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(attn_type=1, max_klen=9), "needs attn_type 0"),
-        (dict(rate=0), "rate positive, not 4, 0"),
+        (dict(rate=0), "rate positive, not 4, 0, 0"),
+        (dict(compression_loss="bptt"), "bptt needs segment_len"),
+        (dict(memory_layers=(1, 1)), "memory_layers must ascend"),
+        (dict(compressed_positions="none"), "compressed_positions must be one of shared, own"),
         (dict(compression="conv", dilation=(1,)), "dilation is for compression dilated_conv"),
         (dict(compression_loss="l2"), "compression_loss must be one of attention"),
         (dict(memory_layers=(3,)), "memory_layers must lie between 0 and 2"),

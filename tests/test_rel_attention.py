@@ -332,5 +332,5 @@ def test_gradients_of_an_absent_memory_are_empty():
     inputs = make_inputs(attention(1, 1, 2, 2, None, 4), torch.float32, "cpu")
     tensors = [inputs[x].detach() for x in ("q", "k", "v", "r", "content_bias", "position_bias")]
     out, lse = FORWARD(*tensors, None, None, None, None, UNLIMITED, 0, 1.0, 0.0, "native")
-    gradients = BACKWARD(out, *tensors, None, None, None, None, out, lse, UNLIMITED, 0, 1.0, 0.0, "native")
+    gradients = BACKWARD(out, *tensors, None, None, None, None, out, lse, False, UNLIMITED, 0, 1.0, 0.0, "native")
     assert [x.shape for x in gradients[6:]] == [torch.Size([0])] * 2

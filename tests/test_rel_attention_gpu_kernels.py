@@ -73,7 +73,7 @@ def launch(width, dtype):
     forward(*inputs, *limits, q, lse)
     with pytest.MonkeyPatch.context() as patch:  # torch's product of bf16 into fp32 is there on a GPU alone
         patch.setattr(torch, "bmm", lambda x, y: x.new_empty(*x.shape[:2], y.shape[2]))
-        backward(q, *inputs, q, lse, *limits, *(torch.empty_like(x) for x in inputs[:8]))
+        backward(q, *inputs, q, lse, False, *limits, *(torch.empty_like(x) for x in inputs[:8]))
 
 
 def launches_64():

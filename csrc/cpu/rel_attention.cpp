@@ -45,9 +45,10 @@ PAR_XL_INLINE void mark_dropped(T* weight, const Span& s, uint64_t seed, uint64_
     for (int64_t c = s.begin; c < s.end; ++c) weight[c] = uniform(seed, offset + c) >= dropout_p ? weight[c] : -weight[c];
 }
 
-// weight <- W, what dropout leaves of weight * factor (dropped ones are negative); d_weight <- scale * dS
+// weight <- W, what dropout leaves of weight * factor (dropped ones are negative); d_weight <- scale * dS. The sum of
+// W dW is taken from `whole`, if that is not null.
 template <class T>
-PAR_XL_INLINE void differentiate_row(T* weight, T* d_weight, const Span& s, T factor, T kept, T scale) {
+PAR_XL_INLINE void differentiate_row(T* weight, T* d_weight, const Span& s, T factor, T kept, T scale, const T* whole) {
     T delta = 0;
 #pragma omp simd reduction(+ : delta)
     for (int64_t c = s.begin; c < s.end; ++c) {
@@ -55,6 +56,7 @@ PAR_XL_INLINE void differentiate_row(T* weight, T* d_weight, const Span& s, T fa
         d_weight[c] = weight[c] < 0 ? 0 : d_weight[c] * kept;
         delta += weight[c] * d_weight[c];
     }
+    if (whole) delta = *whole;
 #pragma omp simd
     for (int64_t c = s.begin; c < s.end; ++c) {
         T w = weight[c];
@@ -130,7 +132,8 @@ public:
     }
 
     // The same; dr (positions, width) and d_biases (2, width) are this unit's.
-    void backward(int64_t part, int64_t h, const Heads& grad, const Heads& dq, const Heads* d, T* dr, T* d_biases) {
+    void backward(int64_t part, int64_t h, const Heads& out, const T* lse, const Heads& grad, const Heads& dq, const Heads* d,
+                  T* dr, T* d_biases) {
         pack_positions(h, true);
         memset(dr, 0, p.positions * plan.width * sizeof(T));
         memset(d_biases, 0, 2 * plan.width * sizeof(T));
@@ -141,7 +144,7 @@ public:
             pack_keys(p.v_memory, p.v, b, h, nullptr, value_t);
             for (T* x : {d_key, d_value}) memset(x, 0, plan.n_keys * plan.width * sizeof(T));
             for (int64_t i = plan.first_row(); i < plan.end_row(b); i += plan.rows)
-                backward_block(plan.block(b, i), b, h, grad, dq, dr, d_biases);
+                backward_block(plan.block(b, i), b, h, out, lse, grad, dq, dr, d_biases);
             unpack(d_key, d[0], b, h, p.keys, p.memory);
             unpack(d_value, d[1], b, h, p.keys, p.memory);
             unpack(d_key, d[2], b, h, p.memory, 0);
@@ -170,7 +173,8 @@ private:
         }
     }
 
-    void backward_block(const Block& x, int64_t b, int64_t h, const Heads& grad, const Heads& dq, T* dr, T* d_biases) {
+    void backward_block(const Block& x, int64_t b, int64_t h, const Heads& out, const T* whole_lse, const Heads& grad,
+                        const Heads& dq, T* dr, T* d_biases) {
         const T kept = T(1 / (1 - p.dropout_p));
         multiply_scores(x, b, h);
         pack(grad, b, h, x.begin, x.rows, d_out);
@@ -178,10 +182,14 @@ private:
         for (int64_t a = 0; a < x.rows; ++a) {
             const Span s = plan.span(x, a);
             T *row = scores + a * x.pitch, *d_row = d_scores + a * x.pitch;
-            T lse;  // not the one saved, whose rounding would be an error common to the row
-            const T once = softmax_row(row, s, T(p.scale), lse);
+            T lse, delta;  // not those saved, whose rounding would be an error common to the row, if these are all keys
+            T once = softmax_row(row, s, T(p.scale), lse);
+            if (whole_lse) {
+                once *= std::exp(lse - whole_lse[(b * p.heads + h) * p.queries + x.begin + a]);
+                delta = dot(at<X>(out, b, h, x.begin + a), d_out + a * plan.width);
+            }
             if (p.dropout_p > 0) mark_dropped(row, s, uint64_t(*p.seed), offset(x, b, h, a), float(p.dropout_p));
-            differentiate_row(row, d_row, s, once, kept, T(p.scale));
+            differentiate_row(row, d_row, s, once, kept, T(p.scale), whole_lse ? &delta : nullptr);
             zero_invisible(row, s);
             zero_invisible(d_row, s);
         }
@@ -204,6 +212,12 @@ private:
         }
         add_rows(x.rows, content_out, d_biases);
         add_rows(x.rows, position_out, d_biases + plan.width);
+    }
+
+    T dot(const X* x, const T* y) const {
+        T sum = 0;
+        for (int64_t d = 0; d < p.width; ++d) sum += load(x[d]) * y[d];
+        return sum;
     }
 
     // to += the sum of the rows of x, which is left in its first one: one rounding into `to` for each block
@@ -318,15 +332,15 @@ void rel_attention_forward(const RelAttention& p, int64_t threads, void* workspa
     });
 }
 
-void rel_attention_backward(const RelAttention& p, int64_t threads, void* workspace, Heads grad, Heads dq,
-                            const Heads* d_keys_values, void* dr, void* d_biases) {
+void rel_attention_backward(const RelAttention& p, int64_t threads, void* workspace, Heads out, const void* lse, Heads grad,
+                            Heads dq, const Heads* d_keys_values, void* dr, void* d_biases) {
     dispatch(p.dtype, [&](auto storage) {
         using X = decltype(storage);
         using T = acc_t<X>;
         const int64_t width = round_up(p.width, 16);
         for_each_unit<X>(p, true, threads, workspace, [&](Worker<X>& worker, int64_t part, int64_t h) {
             const int64_t unit = (part * p.heads + h) * width;
-            worker.backward(part, h, grad, dq, d_keys_values, static_cast<T*>(dr) + unit * p.positions,
+            worker.backward(part, h, out, static_cast<const T*>(lse), grad, dq, d_keys_values, static_cast<T*>(dr) + unit * p.positions,
                             static_cast<T*>(d_biases) + unit * 2);
         });
     });

@@ -1,20 +1,24 @@
 """The Compressive Transformer of Rae et al. (arXiv 1911.05507)."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from par_xl.models import compressive_generation
 from par_xl.models.compressive_config import CompressiveConfig
+from par_xl.models.compressive_layers import CompressedPositions, GRUGate
 from par_xl.models.output import ModelOutput
-from par_xl.models.transformer_xl import LayerPositions, TransformerXL
+from par_xl.models.transformer_xl import TransformerXL
 from par_xl.nn.attention_received import attention_received
 from par_xl.nn.compression_losses import AutoEncodingLoss, attention_reconstruction_loss, reduce_layers
 from par_xl.nn.compressive_memory import Compressor, Evicted, MemoryState, advance
+from par_xl.nn.rel_attention import CompressedPart, KeysValues
+from par_xl.ops.compressed_attention import COMPRESSED, RECENT
 
 # (rows, how many of them are compressed, attention received or None), the fields of a MemoryState, for each layer
 Memory = list[tuple[Tensor, int, Tensor | None]]
@@ -25,8 +29,8 @@ class CompressiveOutput(ModelOutput):
     """:class:`ModelOutput`, whose ``loss`` has the auxiliary loss in it while training, and
 
     Attributes:
-        compression_losses: ``(layers with a memory,)``, the auxiliary loss of each, 0 where nothing was evicted; None
-            where there is none.
+        compression_losses: ``(layers with a memory,)``, the auxiliary loss of each, 0 where nothing was evicted, the
+            mean over segments; None where there is none.
     """
 
     compression_losses: Tensor | None = None
@@ -41,12 +45,11 @@ class CompressiveTransformer(TransformerXL):
 
     Every layer attends to ``[compressed | memory | segment]`` with Transformer-XL's relative positions, whose distances
     count rows: a compressed step is one. What is stored is the layer's input, normalised at use with ``pre_lnorm``.
-    (Sonnet scales q before the biases, has other relative keys for the compressed part and stores normalised inputs.)
+    (Sonnet scales q before the biases and stores normalised inputs.)
 
-    With ``compression_loss="bptt"`` the compressed rows of the memory keep their graph, so that the losses of the next
-    segments train the compressors: sum those of a few segments, and :meth:`detach` the memory after their backward.
-    Otherwise the task sends no gradient into the compressors, and the auxiliary loss none into the rest, so that one
-    optimizer serves both; clip their norms separately (:meth:`compression_parameters`).
+    The task sends no gradient into the compressors and the auxiliary loss none into the rest, so that one optimizer
+    serves both; clip their norms separately (:meth:`compression_parameters`). With ``compression_loss="bptt"`` the
+    task does train the compressors: within a call, through the segments that come after the one that was compressed.
 
     Source: the paper; sonnet v1 ``nets/transformer.py``; labml's ``transformers/compressive`` (stores as here).
     """
@@ -60,10 +63,16 @@ class CompressiveTransformer(TransformerXL):
         self.compressors: Any = nn.ModuleList(
             Compressor(c.d_model, c.rate, c.compression, dilation=c.dilation or None) for _ in self.memory_layers
         )
-        auto_encoding = c.compression_loss == "auto-encoding"
+        auto_encoding, own = c.compression_loss == "auto-encoding", c.compressed_positions == "own"
         self.decoders: Any = nn.ModuleList(
             AutoEncodingLoss(c.d_model, c.rate) for _ in self.memory_layers if auto_encoding
         )
+        self.compressed_positions: Any = nn.ModuleDict(
+            {str(i): CompressedPositions(c.n_head, c.d_model, c.d_head) for i in self.memory_layers if own}
+        )
+        if c.gated:
+            for layer in self.layers:
+                layer.dec_attn.join, layer.pos_ff.join = GRUGate(c.d_model), GRUGate(c.d_model)
 
     def compression_parameters(self) -> Iterator[nn.Parameter]:
         """What the auxiliary loss trains; everything else is the task's."""
@@ -79,28 +88,48 @@ class CompressiveTransformer(TransformerXL):
         usage = like.new_zeros(batch_size, memory, dtype=torch.float32) if c.compression == "most_used" else None
         return [(rows, compressed, usage) for _ in self.memory_layers]
 
+    def reset_lengths(self, **lengths: Any) -> None:
+        """Change ``mem_len``, ``compressed_len`` or ``clamp_len``, for larger memories in evaluation, say.
+
+        Begin with a new memory then: an earlier one may be longer than what is allowed now.
+        """
+        unknown = set(lengths) - {"mem_len", "compressed_len", "clamp_len"}
+        if unknown:
+            raise ValueError(f"lengths are mem_len, compressed_len and clamp_len, not {', '.join(unknown)}")
+        self.config = replace(self.config, **lengths)
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None, memory: Memory | None = None) -> CompressiveOutput:  # type: ignore[override]
         """The hidden states, the loss and the next memory.
 
         Args:
-            tokens: int64 ``(B, T)``; with ``T`` a multiple of the rate no step is dropped when it leaves the memory.
+            tokens: int64 ``(B, T)``, read in segments of ``config.segment_len``, if that is given; with segments of a
+                multiple of the rate no step is dropped when it leaves the memory.
             targets: int64 ``(B, T)``.
             memory: an earlier output's; None is :meth:`init_memory`.
         """
         states = [MemoryState(*state) for state in (self.init_memory(len(tokens)) if memory is None else memory)]
         self._check_states(tokens, targets, states)
-        hidden, inputs, usages = self._attend(tokens, states)
-        after, evicted = self._update(states, inputs, usages)
-        output = CompressiveOutput(hidden=hidden, memory=[(s.rows, s.compressed, s.usage) for s in after])
+        auxiliary = targets is not None and self.config.compression_loss in ("attention", "auto-encoding")
+        hidden: list[Tensor] = []
+        losses: list[Tensor] = []  # (layers,) of each segment
+        for segment in tokens.split(self.config.segment_len or tokens.shape[1], dim=1):
+            out, inputs, stored, usages = self.attend(segment, states, self.config.compression == "most_used")
+            states, evicted = self._update(states, stored, usages)
+            hidden.append(out)
+            if auxiliary:
+                pairs = enumerate(zip(inputs, evicted, strict=True))
+                losses.append(torch.stack([self._compression_loss(i, *pair) for i, pair in pairs]))
+        after = [(s.rows.detach(), s.compressed, s.usage) for s in states]
+        output = CompressiveOutput(hidden=torch.cat(hidden, 1), memory=after)
         if targets is not None:
-            output.nll = self.crit(hidden, targets)
+            output.nll = self.crit(output.hidden, targets)
             output.loss = output.nll.mean()
-            if self.config.compression_loss in ("attention", "auto-encoding"):
-                losses = [self._compression_loss(i, inputs[i], out) for i, out in enumerate(evicted)]
-                output.compression_losses = torch.stack(losses).detach()
+            if losses:
+                by_layer = torch.stack(losses).mean(0)
+                output.compression_losses = by_layer.detach()
                 if self.training:
-                    auxiliary = reduce_layers(losses, self.config.compression_reduction)
-                    output.loss = output.loss + self.config.compression_weight * auxiliary
+                    reduced = reduce_layers(by_layer.unbind(), self.config.compression_reduction)
+                    output.loss = output.loss + self.config.compression_weight * reduced
         return output
 
     def _check_states(self, tokens: Tensor, targets: Tensor | None, states: list[MemoryState]) -> None:
@@ -112,38 +141,83 @@ class CompressiveTransformer(TransformerXL):
             shapes = [tuple(s.rows.shape) for s in states]
             raise ValueError(f"memory must have {len(self.memory_layers)} entries of batch {len(tokens)}, not {shapes}")
 
-    def _attend(self, tokens: Tensor, states: list[MemoryState]) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-        """The output; of each layer with a memory its input, and with most_used the attention that rows received."""
+    def attend(
+        self, tokens: Tensor, states: list[MemoryState], received: bool = False
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
+        """The layers, over one segment.
+
+        Returns:
+            The output; and of each layer with a memory its input, what the memory is to store, and, if wanted, the
+            attention that each row of ``[compressed | memory | segment]`` received, ``(B, K)``.
+        """
         x = self.drop(self.word_emb(tokens))
         by_layer = dict(zip(self.memory_layers, states, strict=True))
-        positions: dict[int, list[LayerPositions]] = {}  # by number of keys: layers without a memory have fewer
-        inputs: list[Tensor] = []
-        usages: list[Tensor | None] = []
-        for i, layer in enumerate(self.layers):
-            n_rows = by_layer[i].rows.shape[1] if i in by_layer else 0
-            mems = by_layer[i].rows if n_rows else None
-            n_keys = n_rows + tokens.shape[1]
+        positions: dict[int, tuple[Tensor, ...]] = {}  # waves and shared biases, by number of keys
+
+        def of(n_keys: int) -> tuple[Tensor, ...]:
             if n_keys not in positions:
-                positions[n_keys] = self.positions(n_keys, x.dtype)
-            relative: Any = positions[n_keys][i][1]
-            if i in by_layer:
-                inputs.append(x)
-                counts = self.config.compression == "most_used"
-                received = None
-                if counts:
-                    received = attention_received(layer.dec_attn, x, *relative, mems=mems)  # type: ignore[misc]
-                usages.append(None if received is None else received[:, by_layer[i].compressed :])
-            x = layer(x, *relative, mems=mems)
-        return self.drop(x), inputs, usages
+                positions[n_keys] = self.positions(n_keys, x.dtype)[0][1]  # type: ignore[assignment]
+            return positions[n_keys]
+
+        inputs, stored, usages, steps = [], [], [], tokens.shape[1]
+        for i in range(len(self.layers)):
+            given, state = x, by_layer.get(i)
+            n_rows = 0 if state is None else state.rows.shape[1]
+            own = state.compressed if state is not None and self.compressed_positions else 0
+            args = i, x, state, of(n_rows - own + steps), of(own + steps)[0][:-1] if own else None, received
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x, usage = checkpoint(self._layer, *args, use_reentrant=False)
+            else:
+                x, usage = self._layer(*args)
+            if state is not None:
+                inputs.append(given)
+                stored.append(x if self.config.enhanced_recurrence else given)
+                usages.append(usage)
+        return self.drop(x), inputs, stored, usages
+
+    def _layer(
+        self,
+        i: int,
+        x: Tensor,
+        state: MemoryState | None,
+        positions: tuple[Tensor, ...],
+        own_waves: Tensor | None,
+        received: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        layer, memory, part = self.layers[i], None, None
+        attention = layer.dec_attn
+        if state is not None and state.rows.shape[1]:
+            rows = None if own_waves is None else self.compressed_positions[str(i)](own_waves)
+            memory, part = self.split_memory(i, attention.keys_values(state.rows), state.compressed, rows)
+        r, content_bias, position_bias = attention.prepare(*positions)
+        out, q, k, _ = attention.attend(x, r, content_bias, position_bias, memory, None, part)
+        usage = None
+        if received and state is not None:
+            parts = [] if part is None else [(part.compressed[0], part.compressed_r, part.compressed_bias, COMPRESSED)]
+            keys = k if memory is None else torch.cat((memory[0], k), 2)
+            parts.append((keys, r, position_bias, RECENT))
+            usage = attention_received(q, content_bias, parts, attention.d_head**-0.5)
+        return layer.pos_ff(attention.residual(x, out)), usage
+
+    def split_memory(
+        self, i: int, keys_values: KeysValues, n_compressed: int, rows: Tensor | None
+    ) -> tuple[KeysValues, CompressedPart | None]:
+        """A layer's memory without its first ``n_compressed`` steps, and these with ``rows`` of their own."""
+        if rows is None:
+            return keys_values, None
+        (old_k, old_v), (k, v) = zip(*(x.tensor_split([n_compressed], 2) for x in keys_values), strict=True)
+        return (k, v), CompressedPart((old_k, old_v), rows, self.compressed_positions[str(i)].r_r_bias)
 
     def _update(
-        self, states: list[MemoryState], inputs: list[Tensor], usages: list[Tensor | None]
+        self, states: list[MemoryState], stored: list[Tensor], usages: list[Tensor | None]
     ) -> tuple[list[MemoryState], list[Evicted]]:
         c = self.config
         options: dict[str, Any] = dict(memory_length=c.mem_len, compressed_length=c.compressed_len)
         options["bptt"] = c.compression_loss == "bptt"
-        by_layer = zip(states, inputs, self.compressors, usages, strict=True)
-        pairs = [advance(state, x, f, usage=usage, **options) for state, x, f, usage in by_layer]
+        pairs = []
+        for state, x, compressor, usage in zip(states, stored, self.compressors, usages, strict=True):
+            recent = None if usage is None else usage[:, state.compressed :]
+            pairs.append(advance(state, x, compressor, usage=recent, **options))
         return [after for after, _ in pairs], [evicted for _, evicted in pairs]
 
     def _compression_loss(self, i: int, hidden: Tensor, evicted: Evicted) -> Tensor:
@@ -160,11 +234,6 @@ class CompressiveTransformer(TransformerXL):
             hidden, old, compressed = (F.layer_norm(x, *options) for x in (hidden.detach(), old, compressed))
         query, key, value = attention.qkv_net.weight.chunk(3)
         return attention_reconstruction_loss(hidden, old, compressed, query, key, value, attention.n_head)
-
-    @staticmethod
-    def detach(memory: Memory) -> Memory:
-        """The memory as constants, where back-propagation through time ends."""
-        return [(rows.detach(), compressed, usage) for rows, compressed, usage in memory]
 
     generate = compressive_generation.generate  # type: ignore[assignment]
 

@@ -27,33 +27,43 @@ class SegmentDecoder:
         self._start([MemoryState(*state) for state in memory])
 
     def _start(self, states: list[MemoryState]) -> None:
-        model = self.model
+        model, dtype = self.model, states[0].rows.dtype
         self.states, self.segment, self.n_read = states, torch.empty(0), 0
-        rows: list[Any] = [states[0].rows[:, :0]] * len(model.layers)
-        for i, state in zip(model.memory_layers, states, strict=True):
-            rows[i] = state.rows
-        self.caches = []
-        self.rows: list[Any] = []  # each layer's projected positions, farthest first, and biases
-        for i, (layer, x) in enumerate(zip(model.layers, rows, strict=True)):
-            limit = x.shape[1] + self.segment_length
-            k, v = layer.dec_attn.keys_values(x)
-            self.caches.append(KeyValueCache(k, v, limit))
-            self.rows.append(layer.dec_attn.prepare(*model.positions(limit, x.dtype)[i][1]))
+        by_layer = dict(zip(model.memory_layers, states, strict=True))
+        empty = MemoryState(states[0].rows[:, :0])
+        # Of each layer: keys and values, projected positions (the farthest first) and biases; of the compressed steps
+        # that have positions of their own, how many and these.
+        self.layers: list[Any] = []
+        for i, layer in enumerate(model.layers):
+            state = by_layer.get(i, empty)
+            limit = state.rows.shape[1] + self.segment_length
+            k, v = layer.dec_attn.keys_values(state.rows)
+            cache = KeyValueCache(k, v, limit)
+            own = state.compressed if model.compressed_positions else 0
+            positions = layer.dec_attn.prepare(*model.positions(limit - own, dtype)[0][1])
+            rows = None
+            if own:
+                waves: Any = model.positions(own + self.segment_length, dtype)[0][1][0]
+                rows = model.compressed_positions[str(i)](waves[:-1])
+            self.layers.append((layer, cache, positions, own, rows))
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """The next tokens, int64 ``(B, T)``, to hidden states ``(B, T, d)``."""
-        room = self.segment_length - self.n_read
-        if tokens.shape[1] > room:
+        room, steps = self.segment_length - self.n_read, tokens.shape[1]
+        if steps > room:
             return torch.cat([self.step(tokens[:, :room]), self.step(tokens[:, room:])], 1)
         x = self.model.word_emb(tokens)
-        for layer, cache, (rows, *biases) in zip(self.model.layers, self.caches, self.rows, strict=True):
-            n_keys = len(cache) + tokens.shape[1]
-            out, k, v = layer.dec_attn.attend(x, rows[:, -n_keys:], *biases, cache.read(), None)
+        for i, (layer, cache, (r, *biases), own, rows) in enumerate(self.layers):
+            # Their rows of the distances own + n_read + steps - 1 to n_read + 1.
+            near = None if rows is None else rows[:, room - steps : room + own - 1]
+            old, part = self.model.split_memory(i, cache.read(), own, near)
+            n_keys = len(cache) - own + steps
+            out, _, k, v = layer.dec_attn.attend(x, r[:, -n_keys:], *biases, old, None, part)
             cache.append(k, v)
             x = layer.pos_ff(layer.dec_attn.residual(x, out))
         self.segment = torch.cat([self.segment, tokens], 1) if self.n_read else tokens
-        self.n_read += tokens.shape[1]
+        self.n_read += steps
         if self.n_read == self.segment_length:
             memory: Memory = [(s.rows, s.compressed, s.usage) for s in self.states]
             self._start([MemoryState(*state) for state in self.model(self.segment, memory=memory).memory])
@@ -65,7 +75,7 @@ def generate(
     prompt: Tensor,
     n_tokens: int,
     *,
-    segment_length: int,
+    segment_length: int | None = None,
     memory: Memory | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -76,7 +86,7 @@ def generate(
     Args:
         prompt: int64 ``(B, T)``, of any length.
         n_tokens: how many to add.
-        segment_length: steps after which the memory takes a segment, as in training.
+        segment_length: steps after which the memory takes a segment, as in training; default: ``config.segment_len``.
         memory: of what was read before the prompt; default: the model's ``init_memory``.
         temperature: divides the log-probabilities; 0 takes the most probable token.
         top_k: draw from the k most probable tokens only; 0 draws from all.
@@ -85,10 +95,13 @@ def generate(
     Returns:
         int64 ``(B, T + n_tokens)``, the prompt included.
     """
-    if segment_length < 1:
-        raise ValueError(f"segment_length must be positive, not {segment_length}")
+    most = model.config.segment_len
+    length = most if segment_length is None else segment_length
+    if length < 1 or 0 < most < length:
+        limit = f"and at most config.segment_len {most}" if most else "as config.segment_len is not given"
+        raise ValueError(f"segment_length must be positive, {limit}, not {segment_length}")
 
     def start() -> SegmentDecoder:
-        return SegmentDecoder(model, model.init_memory(len(prompt)) if memory is None else memory, segment_length)
+        return SegmentDecoder(model, model.init_memory(len(prompt)) if memory is None else memory, length)
 
     return continue_text(model, start, prompt, n_tokens, temperature, top_k, generator)

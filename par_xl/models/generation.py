@@ -85,7 +85,7 @@ class Decoder:
         for layer in model.layers:
             if layer.dec_attn is not None:
                 cache, (rows, *biases) = next(states)
-                out, k, v = layer.dec_attn.attend(x, rows[:, -n_keys:], *biases, cache.read(), model.config.window)
+                out, _, k, v = layer.dec_attn.attend(x, rows[:, -n_keys:], *biases, cache.read(), model.config.window)
                 cache.append(k, v)
                 x = layer.dec_attn.residual(x, out)
             if layer.pos_ff is not None:

@@ -41,9 +41,11 @@ class PositionwiseFF(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
         self.pre_lnorm = config.pre_lnorm
+        self.join: Any = torch.add  # as in MemoryAttention
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(x) if self.pre_lnorm else self.layer_norm(x + self.branch(x))
+        joined = self.join(x, self.branch(x))
+        return joined if self.pre_lnorm else self.layer_norm(joined)
 
     def branch(self, x: Tensor) -> Tensor:
         """What the layer adds to ``x``."""

@@ -1,40 +1,33 @@
 """How much attention each key receives: what the most_used compression keeps by, and what the paper plots."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from par_xl.nn.rel_attention import RelPartialLearnableMultiHeadAttn
+from par_xl.ops.compressed_attention import Part, joint_scores
 
 QUERIES = 64  # of a block: the weights of one block of queries are in memory at a time
 
 
 @torch.no_grad()
-def attention_received(
-    attention: RelPartialLearnableMultiHeadAttn,
-    w: Tensor,
-    r: Tensor,
-    r_w_bias: Tensor | None = None,
-    r_r_bias: Tensor | None = None,
-    mems: Tensor | None = None,
-) -> Tensor:
-    """The attention weights of a layer's call, summed over queries and averaged over heads, ``(B, M + T)``.
+def attention_received(q: Tensor, content_bias: Tensor, parts: Sequence[Part], scale: float) -> Tensor:
+    """The attention weights of a call, summed over queries and averaged over heads, ``(B, K)`` in fp32 (fp64 for fp64).
 
-    Arguments as in the layer's forward. Dropout is left out, and there is no gradient. Rows sum to T over the keys.
+    The fused kernels sum over keys and keep no weights: this is a second pass over the projections that they had, a
+    block of queries at a time. Dropout is left out. Each sequence's values sum to the number of queries.
+
+    Args:
+        q: ``(B, H, Q, D)``.
+        content_bias: ``(H, D)``.
+        parts: of the keys, in order: each ``k (B, H, n, D)``, ``r (H, P, D)``, ``position_bias (H, D)`` and the limits
+            ``(left, right)`` of the distances that see each other, as in :func:`par_xl.rel_attention`.
+        scale: of the scores.
     """
-    q, keys, _ = attention.split(attention.qkv_net(attention.normed(w)))
-    if mems is not None:
-        keys = torch.cat((attention.keys_values(mems)[0], keys), 2)
-    rows, content_bias, position_bias = attention.prepare(r, r_w_bias, r_r_bias)
-    n_queries, n_keys = q.shape[2], keys.shape[2]
+    n_keys = sum(part[0].shape[2] for part in parts)
     received = torch.zeros(q.shape[0], n_keys, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    for begin in range(0, n_queries, QUERIES):
+    for begin in range(0, q.shape[2], QUERIES):
         block = q[:, :, begin : begin + QUERIES]
-        content = (block + content_bias[:, None]) @ keys.mT  # (B, H, queries, keys)
-        position = (block + position_bias[:, None]) @ rows.mT
-        query = torch.arange(begin, begin + block.shape[2], device=q.device)[:, None]
-        row = torch.arange(n_keys, device=q.device) - query + n_queries - 1
-        shifted = position.gather(3, row.clamp(max=n_keys - 1).expand_as(content))
-        scores = ((content + shifted) * attention.d_head**-0.5).to(received.dtype)
-        weights = scores.masked_fill(row >= n_keys, -torch.inf).softmax(-1)
-        received += weights.sum(2).mean(1)
+        scores = joint_scores(block, content_bias, parts, scale, first_query=begin, n_queries=q.shape[2])
+        received += scores.softmax(3).sum(2).mean(1)
     return received

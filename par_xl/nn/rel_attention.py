@@ -1,15 +1,34 @@
 """Transformer-XL's attention layers. Memory and segment are projected apart and never concatenated."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from par_xl.ops.compressed_attention import compressed_attention
 from par_xl.ops.rel_attention import rel_attention
 
 Window = tuple[int | None, int | None]
 KeysValues = tuple[Tensor, Tensor]  # each (B, H, M, D)
+
+
+class Attended(NamedTuple):
+    """What a layer adds to its input, ``(B, T, d)``, and the queries, keys and values ``(B, H, T, D)`` of its segment."""
+
+    output: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class CompressedPart(NamedTuple):
+    """Compressed steps with position rows of their own: the arguments of :func:`compressed_attention`."""
+
+    compressed: KeysValues
+    compressed_r: Tensor
+    compressed_bias: Tensor
 
 
 class MemoryAttention(nn.Module):
@@ -40,6 +59,7 @@ class MemoryAttention(nn.Module):
         super().__init__()
         self.n_head, self.d_model, self.d_head, self.pre_lnorm = n_head, d_model, d_head, pre_lnorm
         self.dropout, self.dropatt = dropout, dropatt
+        self.join: Any = torch.add  # the residual connection; a GRU, if a model has gates
         self.o_net = nn.Linear(n_head * d_head, d_model, bias=False)
         self.layer_norm = nn.LayerNorm(d_model, eps=layer_norm_epsilon)
 
@@ -60,7 +80,8 @@ class MemoryAttention(nn.Module):
 
     def residual(self, w: Tensor, out: Tensor) -> Tensor:
         """The layer's result from its input and :meth:`output`, ``(B, T, d)``."""
-        return w + out if self.pre_lnorm else self.layer_norm(w + out)
+        joined = self.join(w, out)
+        return joined if self.pre_lnorm else self.layer_norm(joined)
 
     @property
     def dropout_p(self) -> float:
@@ -91,12 +112,16 @@ class _RelMultiHeadAttn(MemoryAttention):
         position_bias: Tensor | None,
         memory: KeysValues | None,
         window: Window | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """With positions ``r (H, P, D)`` and a memory of keys and values: ``(output, k, v)`` of ``w``."""
+        compressed: CompressedPart | None = None,
+    ) -> Attended:
+        """With positions ``r (H, P, D)``, a memory of keys and values, and compressed ones before it."""
         q, k, v = self.split(self.qkv_net(self.normed(w)))
-        options = {"memory": memory, "window": window, "scale": self.d_head**-0.5, "dropout_p": self.dropout_p}
-        heads = self.attention(q, k, v, r, content_bias, position_bias, **options)
-        return self.output(heads), k, v
+        options: dict[str, Any] = {"memory": memory, "scale": self.d_head**-0.5, "dropout_p": self.dropout_p}
+        if compressed is None:
+            heads = self.attention(q, k, v, r, content_bias, position_bias, window=window, **options)
+        else:
+            heads = compressed_attention(q, k, v, r, content_bias, position_bias, **compressed._asdict(), **options)
+        return Attended(self.output(heads), q, k, v)
 
     attention: Callable[..., Tensor] = staticmethod(rel_attention)
 
@@ -171,7 +196,7 @@ class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):
     ) -> Tensor:
         """What the layer adds to ``w``, ``(B, T, d)``; arguments as for :meth:`forward`."""
         memory = None if mems is None else self.keys_values(mems)
-        return self.attend(w, *self.prepare(r, r_w_bias, r_r_bias), memory, window)[0]
+        return self.attend(w, *self.prepare(r, r_w_bias, r_r_bias), memory, window).output
 
     def prepare(self, r: Tensor, r_w_bias: Tensor | None, r_r_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The projected positions ``(H, P, D)`` and the biases, for :meth:`attend`."""
@@ -206,7 +231,7 @@ class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
         """``w (B, T, d)``, ``r_emb (M + T, H, D)``, ``r_w_bias (H, D)``, ``r_bias (M + T, H)``, ``mems (B, M, d)`` to
         ``(B, T, d)``; the farthest distance comes first."""
         memory = None if mems is None else self.keys_values(mems)
-        return self.residual(w, self.attend(w, *self.prepare(r_emb, r_w_bias, r_bias), memory, window)[0])
+        return self.residual(w, self.attend(w, *self.prepare(r_emb, r_w_bias, r_bias), memory, window).output)
 
     def prepare(self, r_emb: Tensor, r_w_bias: Tensor, r_bias: Tensor) -> tuple[Tensor, Tensor, None]:
         """Positions ``(H, P, D + 1)`` and the content bias ``(H, D + 1)``, for :meth:`attend`."""

@@ -5,6 +5,7 @@ Each file reads top to bottom: maths, reference, schema and fake, backends, auto
 
 from par_xl.ops.adaptive_softmax import AdaptiveNLL, adaptive_nll
 from par_xl.ops.ar_tar import ArTarLoss, ar_tar_loss
+from par_xl.ops.compressed_attention import CompressedAttention, compressed_attention
 from par_xl.ops.compression import Compress, compress
 from par_xl.ops.memory_update import UpdateMemory, update_memory
 from par_xl.ops.mix import Mix, mix
@@ -15,6 +16,7 @@ __all__ = [
     "AdaptiveNLL",
     "ArTarLoss",
     "Compress",
+    "CompressedAttention",
     "Mix",
     "RelAttention",
     "UpdateMemory",
@@ -23,6 +25,7 @@ __all__ = [
     "backends",
     "build_info",
     "compress",
+    "compressed_attention",
     "mix",
     "rel_attention",
     "update_memory",

@@ -27,10 +27,14 @@ UNLIMITED = 2**31 - 1  # a window without an end
 def masked_scores(
     q: Tensor, k: Tensor, r: Tensor, content_bias: Tensor, position_bias: Tensor,
     key_lengths: Tensor | None, n_memory: int, left: int, right: int, scale: float,
+    *, first_query: int = 0, n_queries: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """The scores ``(B, H, Q, K)``, by distance; -inf where a pair is not visible. ``k`` holds memory and segment."""
-    n_queries, n_keys, n_positions = q.shape[2], k.shape[2], r.shape[1]
-    i = torch.arange(n_queries, device=q.device)[:, None]
+    """The scores ``(B, H, Q, K)``, by distance; -inf where a pair is not visible. ``k`` holds memory and segment.
+
+    ``q`` may hold only some of the ``n_queries``, from ``first_query`` on.
+    """
+    n_queries, n_keys, n_positions = n_queries or q.shape[2], k.shape[2], r.shape[1]
+    i = torch.arange(first_query, first_query + q.shape[2], device=q.device)[:, None]
     j = torch.arange(n_keys, device=q.device)
     distance = i + (n_keys - n_queries) - j
     visible = ((-right <= distance) & (distance <= left))[None]  # (1 or B, Q, K)
@@ -108,7 +112,8 @@ def _fake_backward(grad, q, k, v, r, content_bias, position_bias, k_memory, v_me
 
 # lse (B, H, Q) is the natural logarithm of the sum of exp(score), -inf for a row without a visible key, in fp32 (fp64
 # for fp64). seed (1,) is None without dropout. Every tensor but grad has a contiguous last dimension. An absent memory
-# has empty gradients. On a GPU a sequence whose key length lies outside 0..T gives NaN.
+# has empty gradients. On a GPU a sequence whose key length lies outside 0..T gives NaN. With `part`, the backward
+# is given out and lse of a softmax over more keys than these.
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor r, Tensor content_bias, Tensor position_bias, Tensor? k_memory,"
     " Tensor? v_memory, Tensor? key_lengths, Tensor? seed"
@@ -116,8 +121,9 @@ _INPUTS = (
 _OPTIONS = "int left, int right, float scale, float dropout_p, str backend"
 FORWARD = Op(f"rel_attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)", _fake_forward)
 BACKWARD = Op(
-    f"rel_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk,"
-    " Tensor dv, Tensor dr, Tensor d_content_bias, Tensor d_position_bias, Tensor dk_memory, Tensor dv_memory)",
+    f"rel_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, bool part, {_OPTIONS}) -> (Tensor dq,"
+    " Tensor dk, Tensor dv, Tensor dr, Tensor d_content_bias, Tensor d_position_bias, Tensor dk_memory,"
+    " Tensor dv_memory)",
     _fake_backward,
 )
 
@@ -159,7 +165,7 @@ def _forward_native(*inputs):
 
 @BACKWARD.implement("native", lacks=_no_cuda)
 def _backward_native(grad, *inputs):
-    tensors, lse, options = inputs[:10], inputs[11], inputs[12:]
+    tensors, (out, lse, part), options = inputs[:10], inputs[10:13], inputs[13:]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     problem = _problem(*tensors, *options)
     gradients = _fake_backward(grad, *tensors)
@@ -173,9 +179,10 @@ def _backward_native(grad, *inputs):
     dr_parts = dr[None] if in_place else lse.new_empty(parts, heads, positions, padded)
     d_biases = lse.new_empty(parts, heads, 2, padded)
     d_keys_values = tuple(_heads(x) for x in (dk, dv, dk_memory, dv_memory))
+    whole = (_heads(out), lse.data_ptr()) if part else (_heads(None), 0)
     addresses = dr_parts.data_ptr(), d_biases.data_ptr()
     _C.rel_attention_backward_cpu(
-        problem, threads, workspace.data_ptr(), _heads(grad), _heads(dq), d_keys_values, *addresses
+        problem, threads, workspace.data_ptr(), *whole, _heads(grad), _heads(dq), d_keys_values, *addresses
     )
     if not in_place:
         dr.copy_(dr_parts.sum(0)[..., :width])
@@ -220,7 +227,7 @@ class RelAttention(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad):
-        gradients = BACKWARD(grad, *ctx.saved_tensors, *ctx.options)
+        gradients = BACKWARD(grad, *ctx.saved_tensors, False, *ctx.options)
         wanted = (d if needed else None for d, needed in zip(gradients, ctx.needs_input_grad[:8], strict=True))
         return *wanted, *[None] * 7
 

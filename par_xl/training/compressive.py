@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from par_xl.data import Corpus
 from par_xl.models import CompressiveConfig, CompressiveTransformer
-from par_xl.nn.attention_received import attention_received
+from par_xl.nn.compressive_memory import MemoryState
 from par_xl.training.clip_apart import ClipApart
 from par_xl.training.fit import Recipe, fit
 from par_xl.training.history import History
@@ -73,38 +73,28 @@ def train_compressive(
 ) -> tuple[CompressiveTransformer, History]:
     """Seed, build and train; ``options`` are those of :func:`fit`. Leaves ``compression.png`` in ``out`` too.
 
-    Raises:
-        ValueError: ``compression_loss="bptt"``, which needs losses over several segments at once.
+    With ``compression_loss="bptt"`` a step reads two segments of ``recipe.bptt`` and half as many streams, as in the
+    paper (section 5.2): the second one's loss trains the compressors.
     """
-    if recipe.model.get("compression_loss") == "bptt":
-        raise ValueError("a run has a backward for each segment, which compression_loss bptt cannot learn from")
     L.seed_everything(recipe.seed, verbose=False)
-    model = CompressiveTransformer(CompressiveConfig(vocab_size=len(corpus.vocabulary), **recipe.model))
+    sizes = {"vocab_size": len(corpus.vocabulary), "segment_len": recipe.bptt}
+    model = CompressiveTransformer(CompressiveConfig(**{**sizes, **recipe.model}))
+    if model.config.compression_loss == "bptt":
+        recipe = replace(recipe, bptt=2 * recipe.bptt, batch_size=max(1, recipe.batch_size // 2))
     statistics = CompressionStatistics(Path(out) / "compression.png")
     callbacks = [ClipApart(recipe.clip, CompressiveTransformer.compression_parameters), statistics]
     return model, fit(model, corpus, replace(recipe, clip=0.0), out, callbacks=callbacks, **options)
 
 
+@torch.no_grad()
 def attention_shares(model: CompressiveTransformer, tokens: Tensor, memory: Any) -> list[list[float]]:
     """Of each layer with a memory, the shares of its attention that compressed, memory and segment receive."""
-    shares: list[list[float]] = []
-    compressed = [n for _, n, _ in memory]
-
-    def measure(attention: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        mems, n = kwargs["mems"], compressed[len(shares)]
-        received = attention_received(attention, *args, mems=mems)  # type: ignore[misc]
-        received = received.mean(0) / args[0].shape[1]
-        ends = [n, 0 if mems is None else mems.shape[1]]
-        shares.append([float(part.sum()) for part in received.tensor_split(ends)])
-
-    layers = [model.layers[i].dec_attn for i in model.memory_layers]
-    hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers]
-    try:
-        with torch.no_grad():
-            model(tokens, memory=memory)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    states = [MemoryState(*state) for state in memory]
+    _, _, _, received = model.attend(tokens, states, received=True)
+    shares = []
+    for state, by_key in zip(states, received, strict=True):
+        parts = by_key.mean(0).tensor_split([state.compressed, state.rows.shape[1]])  # type: ignore[union-attr]
+        shares.append([float(part.sum()) / tokens.shape[1] for part in parts])
     return shares
 
 
@@ -126,7 +116,7 @@ class CompressionStatistics(L.Callback):
         def remember(model: nn.Module, args: tuple, output: Any) -> None:
             if not model.training:
                 return
-            self._batch = args[0], output.memory
+            self._batch = args[0][:, : model.config.segment_len], output.memory  # type: ignore[union-attr]
             if trainer.global_step % trainer.log_every_n_steps == 0 and output.compression_losses is not None:  # type: ignore[attr-defined]
                 self.losses.append((trainer.global_step, output.compression_losses.tolist()))
 
