@@ -53,8 +53,6 @@ PYBIND11_MODULE(_C, m) {
     m.attr("has_cuda") = bool(PAR_XL_CUDA);
     m.attr("cuda_info") = PAR_XL_CUDA_INFO;
 
-    m.def("prefer_huge_pages", [](Address data, int64_t bytes) { CPU(prefer_huge_pages)(at(data), bytes); });
-
     py::class_<ArTar>(m, "ArTar").def(
         py::init([](RowsTuple output, RowsTuple raw, Address lengths, int64_t batch, int64_t steps, int64_t width, int dtype) {
             return ArTar{rows(output), rows(raw), at<const int64_t>(lengths), batch, steps, width, DType(dtype)};

@@ -104,7 +104,6 @@ struct Mix {
 
 // C++ kernels are compiled once per instruction set, each copy in a namespace of its own.
 #define PAR_XL_CPU_KERNELS                                                                     \
-    void prefer_huge_pages(void* data, int64_t bytes);                                         \
     /* partial_sums: 2 doubles per part; loss (1), scale (2) in fp32, or fp64 for fp64 */      \
     int64_t ar_tar_parts(const ArTar& p);                                                      \
     void ar_tar_forward(const ArTar& p, double alpha, double beta, double* partial_sums, void* loss, void* scale); \

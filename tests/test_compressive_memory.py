@@ -93,8 +93,9 @@ def test_zero_and_empty_start():
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])
-def test_what_autograd_saved_is_not_overwritten(kept):
+def test_what_autograd_saved_is_not_overwritten(kept, monkeypatch):
     """Gradients of the last segments are those of segments whose memory was copied, however late backward comes."""
+    monkeypatch.setattr("par_xl.ops.large_results.LARGE", 1)
     weight = nn.Parameter(torch.randn(6, 6))
     memory, reference = new_memory(), new_memory()
     pending = []
@@ -108,7 +109,8 @@ def test_what_autograd_saved_is_not_overwritten(kept):
             assert torch.equal(got, want)
 
 
-def test_memory_is_reused_when_nobody_reads_it():
+def test_memory_is_reused_when_nobody_reads_it(monkeypatch):
+    monkeypatch.setattr("par_xl.ops.large_results.LARGE", 1)
     memory = new_memory(start="zero")
     addresses = []
     for _ in range(6):
@@ -242,6 +244,11 @@ def test_auto_encoding_is_the_published_expression(evicted):
     decoded = function.decoder(out.compressed.transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(loss, (decoded - old).square().mean())
     assert gradients(loss, *memory.compressor.weights, function.decoder.weight, old) == [True, True, False]
+    summed = AutoEncodingLoss(6, 2, stop_old=False, reduction="sum")
+    loss = summed(old, out.compressed)
+    decoded = summed.decoder(out.compressed.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(loss, (decoded - old).square().sum())
+    assert gradients(loss, *memory.compressor.weights, summed.decoder.weight, old) == [True, True, True]
 
 
 def test_bptt_trains_the_compressor_through_the_task():
@@ -263,6 +270,10 @@ def test_reduction_over_layers():
     assert reduce_layers(losses, "mean") == 2 and reduce_layers(losses, "sum") == 4
     with pytest.raises(ValueError, match="reduction must be"):
         reduce_layers(losses, "max")
+    with pytest.raises(ValueError, match='reduction must be "mean" or "sum", not \'none\''):
+        AutoEncodingLoss(6, 2, reduction="none")(torch.zeros(1, 2, 6), torch.zeros(1, 1, 6))
+    with pytest.raises(ValueError, match='reduction must be "mean" or "sum", not \'none\''):
+        AttentionReconstructionLoss(2, reduction="none")(*[torch.zeros(1, 2, 6)] * 3, *[torch.zeros(6, 6)] * 3)
 
 
 def test_nothing_was_evicted():

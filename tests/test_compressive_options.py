@@ -10,6 +10,7 @@ from par_xl.models import CompressiveConfig, CompressiveTransformer
 
 OPTIONS = {
     "none": {},
+    "zero-start": dict(memory_start="zeros"),
     "own-positions": dict(compressed_positions="own"),
     "own-positions-pre-norm": dict(compressed_positions="own", pre_lnorm=True, clamp_len=5),
     "gated": dict(gated=True),
@@ -87,8 +88,9 @@ def plain_model(model, segments):
     """The output of each segment."""
     c = model.config
     with_memory = c.memory_layers or range(c.n_layer)
-    memory = {i: [] for i in range(c.n_layer)}
-    compressed = {i: [] for i in range(c.n_layer)}
+    zero = [torch.zeros(len(segments[0]), c.d_model).double()] if c.memory_start == "zeros" else []
+    memory = {i: zero * c.mem_len for i in range(c.n_layer)}
+    compressed = {i: zero * c.compressed_len for i in range(c.n_layer)}
     for tokens in segments:
         x = model.word_emb(tokens)
         for i, layer in enumerate(model.layers):

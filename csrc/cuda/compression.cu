@@ -236,29 +236,29 @@ void launch(void (*kernel)(Problem), const Problem& p, int64_t rows, int vec, vo
     if (blocks > 0) kernel<<<unsigned(blocks), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(p);
 }
 
+// The kernel of a mode, forward or backward.
+template <bool BACKWARD>
+void compress(const Compression& p, void* stream) {
+    specialise(p.dtype, p.width, [&](auto storage, auto vec) {
+        using T = decltype(storage);
+        constexpr int VEC = decltype(vec)::value;
+        const bool max = p.mode == Compressor::max;
+        if (p.mode == Compressor::most_used) launch(keep_rows<T, VEC, BACKWARD>, p, p.steps, VEC, stream);
+        else if (BACKWARD) launch(max ? unpool<T, VEC, true> : unpool<T, VEC, false>, p, p.steps / p.rate, VEC, stream);
+        else launch(max ? pool<T, VEC, true> : pool<T, VEC, false>, p, p.steps / p.rate, VEC, stream);
+    }, p.memory, p.compressed);
+    check_launch(BACKWARD ? "compress_backward" : "compress_forward");
+}
+
 }  // namespace
 
 void compress_forward(const Compression& p, const float* usage, void* stream) {
     if (p.mode == Compressor::most_used && p.batch * p.steps > 0)
         select<<<unsigned(p.batch), SELECTORS, 0, static_cast<cudaStream_t>(stream)>>>(usage, static_cast<int32_t*>(p.choice), p.steps, p.steps / p.rate);
-    specialise(p.dtype, p.width, [&](auto storage, auto vec) {
-        using T = decltype(storage);
-        constexpr int VEC = decltype(vec)::value;
-        if (p.mode == Compressor::most_used) launch(keep_rows<T, VEC, false>, p, p.steps, VEC, stream);
-        else launch(p.mode == Compressor::max ? pool<T, VEC, true> : pool<T, VEC, false>, p, p.steps / p.rate, VEC, stream);
-    }, p.memory, p.compressed);
-    check_launch("compress_forward");
+    compress<false>(p, stream);
 }
 
-void compress_backward(const Compression& p, void* stream) {
-    specialise(p.dtype, p.width, [&](auto storage, auto vec) {
-        using T = decltype(storage);
-        constexpr int VEC = decltype(vec)::value;
-        if (p.mode == Compressor::most_used) launch(keep_rows<T, VEC, true>, p, p.steps, VEC, stream);
-        else launch(p.mode == Compressor::max ? unpool<T, VEC, true> : unpool<T, VEC, false>, p, p.steps / p.rate, VEC, stream);
-    }, p.memory, p.compressed);
-    check_launch("compress_backward");
-}
+void compress_backward(const Compression& p, void* stream) { compress<true>(p, stream); }
 
 void memory_update(const MemoryUpdate& p, void* stream) {
     specialise(p.dtype, p.width, [&](auto storage, auto vec) {

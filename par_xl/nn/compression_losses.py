@@ -70,7 +70,7 @@ def attention_reconstruction_loss(
         return F.scaled_dot_product_attention(queries, keys, values, scale=scale)
 
     queries = heads(hidden, query_weight)
-    return F.mse_loss(read(compressed), read(old), reduction=reduction)
+    return _squared_error(read(compressed), read(old), reduction)
 
 
 def auto_encoding_loss(
@@ -103,13 +103,22 @@ def auto_encoding_loss(
     rate = weight.shape[2]
     product = F.linear(compressed, weight.permute(2, 1, 0).flatten(0, 1), None if bias is None else bias.repeat(rate))
     decoded = product.unflatten(2, (rate, -1)).flatten(1, 2)
-    return F.mse_loss(decoded, old.detach() if stop_old else old, reduction=reduction)
+    return _squared_error(decoded, old.detach() if stop_old else old, reduction)
+
+
+def _squared_error(x: Tensor, y: Tensor, reduction: str) -> Tensor:
+    _check_reduction(reduction)
+    return F.mse_loss(x, y, reduction=reduction)
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
 
 
 def reduce_layers(losses: Sequence[Tensor], reduction: str = "mean") -> Tensor:
     """One loss from those of the layers: "mean" (sonnet, lucidrains) or "sum" (the paper, labml)."""
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
+    _check_reduction(reduction)
     total = torch.stack(tuple(losses))
     return total.mean() if reduction == "mean" else total.sum()
 

@@ -98,7 +98,6 @@ def advance(
     *,
     usage: Tensor | None = None,
     bptt: bool = False,
-    out: Tensor | None = None,
 ) -> tuple[MemoryState, Evicted]:
     """Append the segment ``hidden (B, T, d)``; see :class:`CompressiveMemory`, which holds the state itself.
 
@@ -115,7 +114,7 @@ def advance(
         options["mode"] = compressor.mode
     else:
         options["fresh"] = fresh if bptt else fresh.detach()
-    rows, compressed = update_memory(rows, hidden, state.compressed, **options, out=out)
+    rows, compressed = update_memory(rows, hidden, state.compressed, **options)
     return MemoryState(rows, compressed, rest), Evicted(old, fresh if compressor.weights else None)
 
 
@@ -156,9 +155,9 @@ class CompressiveMemory(nn.Module):
         bptt: keep the graph of the compressed rows, so that the task trains the compressor through later segments;
             :meth:`detach` truncates it. The memory itself is always detached.
 
-    The memory is written anew at every update, on the CPU into the memory of the last state but one if nothing reads
-    that any more: what autograd has saved is never overwritten. No value is read by the host, and once both parts are
-    full all shapes are static. The state dict holds the rows and may be loaded whatever the shape of the present ones.
+    The memory is written anew at every update: what autograd has saved is never overwritten. No value is read by the
+    host, and once both parts are full all shapes are static. The state dict holds the rows and may be loaded whatever
+    the shape of the present ones.
     """
 
     rows: Tensor
@@ -171,7 +170,6 @@ class CompressiveMemory(nn.Module):
         self.compressor, self.bptt = compressor, bptt
         self.memory_length, self.compressed_length = memory_length, compressed_length
         self.compressed = 0
-        self._spare: torch.UntypedStorage | None = None  # of the last state but one
         self.register_buffer("rows", torch.empty(0, 0, compressor.width))
         self.register_buffer("usage", torch.empty(0, 0))
 
@@ -194,30 +192,11 @@ class CompressiveMemory(nn.Module):
         """
         state = MemoryState(self.rows, self.compressed, self.usage if self.compressor.mode == "most_used" else None)
         lengths = self.memory_length, self.compressed_length
-        out = self._reusable(hidden)
-        new, evicted = advance(state, hidden, self.compressor, *lengths, usage=usage, bptt=self.bptt, out=out)
-        if not torch.compiler.is_compiling():
-            self._spare = self.rows.untyped_storage()
+        new, evicted = advance(state, hidden, self.compressor, *lengths, usage=usage, bptt=self.bptt)
         self.rows, self.compressed = new.rows, new.compressed
         if new.usage is not None:
             self.usage = new.usage
         return evicted
-
-    def _reusable(self, hidden: Tensor) -> Tensor | None:
-        """The memory of the last state but one, if it has the right size and no tensor uses it.
-
-        The first touch of new memory costs the CPU several times its writing; a GPU's allocator reuses by itself.
-        """
-        if self._spare is None or hidden.device.type != "cpu" or self.bptt or torch.compiler.is_compiling():
-            return None
-        sizes = sizes_of_update(
-            self.rows, hidden, self.compressed, self.memory_length, self.compressed_length, self.compressor.rate
-        )
-        shape = torch.Size((hidden.shape[0], sizes.new_compressed + sizes.new_memory, hidden.shape[2]))
-        used = torch._C._storage_Use_Count(self._spare._cdata) > 1  # by more than this very reference
-        if used or self._spare.nbytes() != shape.numel() * hidden.dtype.itemsize:
-            return None
-        return hidden.new_empty(0).set_(self._spare, 0, shape)  # type: ignore[call-overload]
 
     def detach(self) -> None:
         """Truncate back-propagation through time: the compressed rows become constants."""
@@ -234,9 +213,6 @@ class CompressiveMemory(nn.Module):
             if prefix + name in state_dict:
                 setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_spare": None}
 
     def extra_repr(self) -> str:
         return f"memory_length={self.memory_length}, compressed_length={self.compressed_length}, bptt={self.bptt}"

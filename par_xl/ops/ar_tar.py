@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, rows, to_be_filled
+from par_xl.ops.large_results import to_be_filled
+from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, rows
 
 
 def ar_tar_reference(output: Tensor, raw: Tensor, lengths: Tensor | None, alpha: float, beta: float) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, rows, to_be_filled
+from par_xl.ops.large_results import to_be_filled
+from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, rows
 
 # The modes that have kernels, and their codes in csrc/ops.h; a convolution is a matrix product, which is torch's.
 MODES = {"mean": 0, "max": 1, "most_used": 2}

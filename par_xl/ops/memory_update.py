@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from par_xl.ops import compression
-from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, rows, to_be_filled
+from par_xl.ops.large_results import to_be_filled
+from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, rows
 
 
 class Sizes(NamedTuple):
@@ -77,7 +78,6 @@ def _new(state: Tensor, sizes: Sizes) -> Tensor:
 
 @UPDATE.implement("native")
 def _update_native(out, state, hidden, fresh, sizes, rate, mode):
-    to_be_filled(out)
     code = 3 if mode == "given" else compression.MODES[mode]
     tensors = rows(state), rows(hidden), rows(out), rows(fresh)
     problem = _C.MemoryUpdate(*tensors, state.shape[0], state.shape[2], *sizes, rate, code, DTYPES[state.dtype])
@@ -101,7 +101,7 @@ class UpdateMemory(torch.autograd.Function):
     def forward(ctx, state, hidden, fresh, sizes, rate, mode, backend):
         ctx.save_for_backward(state, hidden)
         ctx.options = sizes, rate, mode, backend
-        out = _new(state, sizes)
+        out = to_be_filled(_new(state, sizes))
         UPDATE(out, state, hidden, fresh, sizes, rate, mode, backend)
         return out
 
@@ -159,7 +159,6 @@ def update_memory(
     rate: int,
     mode: str = "mean",
     fresh: Tensor | None = None,
-    out: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, int]:
     """Append a segment to a compressive memory: evict, compress and store in one pass.
@@ -183,7 +182,6 @@ def update_memory(
         mode: "mean" or "max", computed in the same pass.
         fresh: compressed rows ``(B, leaving // rate, d)`` of another mode, stored in the same pass; ``mode`` is then
             not used. :class:`par_xl.nn.CompressiveMemory` does this.
-        out: contiguous memory for the new state, an earlier state that nothing reads any more, say; no gradients then.
         backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose.
 
     Returns:
@@ -201,32 +199,22 @@ def update_memory(
     _check(state, hidden, compressed, memory_length, compressed_length)
     sizes = sizes_of_update(state, hidden, compressed, memory_length, compressed_length, rate)
     if fresh is not None:
-        _check_like("fresh", fresh, state, sizes.fresh)
+        _check_fresh(fresh, state, sizes.fresh)
         mode = "given"
     elif mode not in ("mean", "max"):
         raise ValueError(f'mode must be "mean" or "max" (the rows of other modes go to fresh), not {mode!r}')
     chosen = choose(UPDATE, backend, state)
-    if out is not None:
-        _check_like("out", out, state, sizes.new_compressed + sizes.new_memory)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (state, hidden, fresh)):
-            raise ValueError("out must be None where a gradient is wanted")
     if chosen == "eager":
-        new = update_reference(state, hidden, fresh, sizes, rate, mode)
-        return new if out is None else out.copy_(new), sizes.new_compressed
+        return update_reference(state, hidden, fresh, sizes, rate, mode), sizes.new_compressed
     state, hidden = (x if x.stride(2) == 1 else x.contiguous() for x in (state, hidden))
     fresh = fresh if fresh is None or fresh.stride(2) == 1 else fresh.contiguous()
-    if out is None:
-        return UpdateMemory.apply(state, hidden, fresh, sizes, rate, mode, chosen), sizes.new_compressed
-    UPDATE(out, state, hidden, fresh, sizes, rate, mode, chosen)
-    return out, sizes.new_compressed
+    return UpdateMemory.apply(state, hidden, fresh, sizes, rate, mode, chosen), sizes.new_compressed
 
 
-def _check_like(name: str, x: Tensor, state: Tensor, n_rows: int) -> None:
+def _check_fresh(fresh: Tensor, state: Tensor, n_rows: int) -> None:
     wanted = (state.shape[0], n_rows, state.shape[2])
-    if x.shape != wanted or x.dtype != state.dtype or x.device != state.device:
+    if fresh.shape != wanted or fresh.dtype != state.dtype or fresh.device != state.device:
         raise ValueError(
-            f"{name} must be of shape {wanted}, {state.dtype}, on {state.device}, not of shape {tuple(x.shape)},"
-            f" {x.dtype}, on {x.device}"
+            f"fresh must be of shape {wanted}, {state.dtype}, on {state.device}, not of shape {tuple(fresh.shape)},"
+            f" {fresh.dtype}, on {fresh.device}"
         )
-    if name == "out" and not x.is_contiguous():
-        raise ValueError(f"out must be contiguous, not of strides {x.stride()}")

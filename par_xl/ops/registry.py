@@ -74,17 +74,6 @@ class Op:
         return self.overload(*args)
 
 
-def to_be_filled(x: Tensor) -> Tensor:
-    """Ask for huge pages under a large, new CPU tensor that a kernel is about to fill; returns it.
-
-    malloc maps 32 MB and more anew each time; the first touch of each 4 KB page is then a page fault, and those cost
-    several times the writing itself.
-    """
-    if _C is not None and x.device.type == "cpu" and x.nbytes >= 32 << 20:
-        _C.prefer_huge_pages(x.data_ptr(), x.nbytes)
-    return x
-
-
 def rows(x: Tensor | None) -> tuple[int, int, int]:
     """csrc/ops.h's Rows of a ``(batch, time, width)`` tensor; null for None and for a tensor without elements."""
     return (0, 0, 0) if x is None or x.numel() == 0 else (x.data_ptr(), x.stride(0), x.stride(1))
