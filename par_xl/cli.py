@@ -166,7 +166,8 @@ def _train(
     from par_xl.training import TRAININGS, load_run, override
 
     recipes, run = choose(TRAININGS, architecture, "architecture")
-    name = recipe or ("human-numbers" if data == "human-numbers" else "wikitext-2")
+    kind = data.split(":")[0]
+    name = recipe or (kind if kind in recipes else "wikitext-2")
     settings = choose(recipes, name, "recipe")
     corpus = load_corpus(data)
     if how.get("start") is not None:

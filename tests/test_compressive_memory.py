@@ -96,6 +96,7 @@ def test_zero_and_empty_start():
 def test_what_autograd_saved_is_not_overwritten(kept, monkeypatch):
     """Gradients of the last segments are those of segments whose memory was copied, however late backward comes."""
     monkeypatch.setattr("par_xl.ops.large_results.LARGE", 1)
+    monkeypatch.setattr("par_xl.ops.large_results._free", [])
     weight = nn.Parameter(torch.randn(6, 6))
     memory, reference = new_memory(), new_memory()
     pending = []
@@ -111,6 +112,7 @@ def test_what_autograd_saved_is_not_overwritten(kept, monkeypatch):
 
 def test_memory_is_reused_when_nobody_reads_it(monkeypatch):
     monkeypatch.setattr("par_xl.ops.large_results.LARGE", 1)
+    monkeypatch.setattr("par_xl.ops.large_results._free", [])
     memory = new_memory(start="zero")
     addresses = []
     for _ in range(6):

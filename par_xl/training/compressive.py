@@ -14,6 +14,7 @@ from par_xl.nn.compressive_memory import MemoryState
 from par_xl.training.clip_apart import ClipApart
 from par_xl.training.fit import Recipe, fit
 from par_xl.training.history import History
+from par_xl.training.transformer_xl import TRANSFORMER_XL_RECIPES
 
 
 @dataclass
@@ -26,45 +27,19 @@ class CompressiveRecipe(Recipe):
     config_class: ClassVar[type] = CompressiveConfig
 
 
-_SMALL = CompressiveRecipe(
-    epochs=4,
-    batch_size=16,
-    bptt=32,
-    lr=2e-3,
-    schedule="one-cycle",
-    clip=0.1,
-    model=dict(
-        n_layer=2, n_head=4, d_model=64, d_head=16, d_inner=128, dropout=0.1, mem_len=32, compressed_len=32, rate=4
-    ),
-)
-_MEDIUM = dict(n_layer=6, n_head=8, d_model=256, d_head=32, d_inner=1024, dropout=0.2, dropatt=0.1)
+def _from_transformer_xl(name: str, **model: Any) -> CompressiveRecipe:
+    """Transformer-XL's recipe with the paper's clipping and more or other options of the model."""
+    base = TRANSFORMER_XL_RECIPES[name]
+    return CompressiveRecipe(**{**vars(base), "clip": 0.1, "model": {**base.model, **model}})
+
+
+_WORDS = _from_transformer_xl("wikitext-2", compressed_len=128, rate=4)
+_BYTES = dict(cutoffs=(), div_val=1, tie_projs=(), mem_len=192, compressed_len=288, rate=3)
 COMPRESSIVE_RECIPES = {
-    "human-numbers": _SMALL,
-    "wikitext-2": replace(
-        _SMALL,
-        epochs=10,
-        batch_size=8,
-        bptt=128,
-        lr=5e-4,
-        model=dict(
-            **_MEDIUM,
-            mem_len=128,
-            compressed_len=128,
-            rate=4,
-            cutoffs=(2000, 10000),
-            div_val=2,
-            tie_projs=(False, True, True),
-        ),
-    ),
+    "human-numbers": _from_transformer_xl("human-numbers", compressed_len=32, rate=4),
+    "wikitext-2": _WORDS,
     # Text as bytes ("bytes:FOLDER"), with the paper's rate for enwik8
-    "bytes": replace(
-        _SMALL,
-        epochs=1,
-        batch_size=8,
-        bptt=192,
-        lr=5e-4,
-        model=dict(**_MEDIUM, mem_len=192, compressed_len=288, rate=3),
-    ),
+    "bytes": replace(_WORDS, epochs=1, bptt=192, model={**_WORDS.model, **_BYTES}),
 }
 
 
