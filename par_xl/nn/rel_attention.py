@@ -15,7 +15,7 @@ KeysValues = tuple[Tensor, Tensor]  # each (B, H, M, D)
 
 
 class Attended(NamedTuple):
-    """What a layer adds to its input, ``(B, T, d)``, and the queries, keys and values ``(B, H, T, D)`` of its segment."""
+    """What a layer adds to its input ``(B, T, d)``, and the segment's queries, keys and values ``(B, H, T, D)``."""
 
     output: Tensor
     q: Tensor

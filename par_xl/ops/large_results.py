@@ -22,7 +22,7 @@ def to_be_filled(x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.nbytes < LARGE:
         return x
-    if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
+    if not (x.is_contiguous() and hasattr(mmap, "MAP_ANONYMOUS")):  # Windows has no such mapping
         return x
     # Each tensor gets a view of its own of a block, which torch holds for as long as the storage lives.
     block = _take(x.nbytes)

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, to_be_filled
+from par_xl.ops.large_results import to_be_filled
+from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
