@@ -346,24 +346,28 @@ def test_bad_input():
         CompressiveTransformer._loaded(None, {})
 
 
-def test_training_run(tmp_path):
-    """The command's run: a finished model that can be loaded, its picture, and losses clipped apart."""
+@pytest.mark.parametrize("loss", ["attention", "bptt"])
+def test_training_run(loss, tmp_path):
+    """The command's run: a finished model that has learned, its compressors too, and its picture."""
     from par_xl.data import load_corpus
     from par_xl.training import COMPRESSIVE_RECIPES, override, train_compressive
     from par_xl.training.compressive import attention_shares
 
-    text = "".join(f"{i} * {i} = {i * i}\n" for i in range(300))
+    text = "".join(f"{i} * {i} = {i * i}\n" for i in range(200))
     for split in ("train", "valid"):
         (tmp_path / f"{split}.txt").write_text(text)
     corpus = load_corpus(f"bytes:{tmp_path}")
     assert bytes(corpus.train.tolist()).decode() == text
-    recipe = override(COMPRESSIVE_RECIPES["human-numbers"], {"epochs": "1", "compressed_len": "16"})
+    options = {"epochs": "1", "batch_size": "4", "compressed_len": "16", "compression_loss": loss}
+    recipe = override(COMPRESSIVE_RECIPES["human-numbers"], {**options, "compression": "conv"})
     model, history = train_compressive(corpus, recipe, tmp_path, devices=1)
     assert history.valid[-1]["val_loss"] < math.log(256)
     assert (tmp_path / "compression.png").stat().st_size > 10_000
-    tokens = torch.randint(256, (2, 32))
-    memory = model(tokens, memory=model(tokens, memory=model(tokens).memory).memory).memory
-    for share in attention_shares(model.eval(), tokens, memory):
+    torch.manual_seed(recipe.seed)
+    before = CompressiveTransformer(model.config).compressors[0].weights[0]
+    assert not torch.equal(model.compressors[0].weights[0], before)
+    tokens = torch.randint(256, (2, 96))
+    for share in attention_shares(model.eval(), tokens[:, :32], model(tokens).memory):
         assert sum(share) == pytest.approx(1) and min(share) > 0
 
 
