@@ -1,5 +1,6 @@
 """Recipes for the Compressive Transformer, and a run by one of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -104,24 +105,26 @@ class CompressionStatistics(L.Callback):
         training = model.training
         shares = attention_shares(model.eval(), *self._batch)
         model.train(training)
-        plot_compression(self.losses, shares, self.path)
+        plot_compression(model.memory_layers, self.losses, shares, self.path)
 
 
-def plot_compression(losses: list[tuple[int, list[float]]], shares: list[list[float]], path: Path) -> None:
+def plot_compression(
+    layers: Sequence[int], losses: list[tuple[int, list[float]]], shares: list[list[float]], path: Path
+) -> None:
     """Compression losses by step and layer, and stacked shares of attention by layer, into one PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for i in range(len(shares)):
-        left.plot([step for step, _ in losses], [layers[i] for _, layers in losses], label=f"layer {i}")
+    for i, layer in enumerate(layers):
+        left.plot([step for step, _ in losses], [by_layer[i] for _, by_layer in losses], label=f"layer {layer}")
+    left.legend(fontsize="small")
     left.set(xlabel="step", ylabel="compression loss")
     base = [0.0] * len(shares)
     for part, name in enumerate(("compressed", "memory", "segment")):
         heights = [share[part] for share in shares]
-        right.bar(range(len(shares)), heights, bottom=base, label=name)
+        right.bar(list(map(str, layers)), heights, bottom=base, label=name)
         base = [b + h for b, h in zip(base, heights, strict=True)]
     right.set(xlabel="layer", ylabel="share of attention received", ylim=(0, 1))
-    for axes in (left, right):
-        axes.legend()
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)  # above the bars, which fill the axes
     figure.savefig(path, dpi=120)
