@@ -79,9 +79,11 @@ PAR_XL_INLINE void max_of_rows(T* out, Index* choice, Source&& source, int64_t r
         }
 #pragma omp simd
         for (int64_t i = 0; i < columns; ++i) out[begin + i] = store<T>(best[i]);
-        if (choice)
+        if (choice) {
+            Index* const to = choice + begin;  // a store of bytes may change anything else, `choice` itself too
 #pragma omp simd
-            for (int64_t i = 0; i < columns; ++i) choice[begin + i] = Index(at[i]);
+            for (int64_t i = 0; i < columns; ++i) to[i] = Index(at[i]);
+        }
     });
 }
 
