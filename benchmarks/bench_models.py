@@ -5,13 +5,15 @@ softmax) and adaptive softmax in plain PyTorch; "eager" is this library's own re
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timing import compare
 
 import par_xl
-from par_xl.models import TransformerXL, TransformerXLConfig
+from par_xl.models import ParConfig, ParSuperNet, TransformerXL, TransformerXLConfig
 
 WORDS = dict(vocab_size=33278, cutoffs=(2000, 10000), div_val=2, tie_projs=(False, True, True))
 FULL = {  # name: (configuration, batch, length of the segment)
@@ -47,28 +49,56 @@ def training_step(model, backend):
     parameters = list(model.parameters())
 
     def step(tokens, targets, memory):
+        if isinstance(model, ParSuperNet):
+            model.generator.manual_seed(0)  # every candidate's blocks mix alike
         with par_xl.use_backend(backend):
             return torch.autograd.grad(model(tokens, targets, memory).loss, parameters)
 
     return step
 
 
+def compete(race, make, batch, length, n_memory, device, target):
+    """The candidates agree without dropout, whose masks differ, and race with it, as models are trained."""
+    config = make(0.0).config
+    frequencies = 1 / torch.arange(1, config.vocab_size + 1, dtype=torch.float64)  # Zipf's law: rare words are rare
+    tokens, targets = (torch.multinomial(frequencies, batch * length, replacement=True) for _ in range(2))
+
+    def candidates(dropout):
+        torch.manual_seed(0)
+        model = make(dropout).to(device)
+        return {
+            "upstream": training_step(with_upstream_attention(model), "eager"),
+            "eager": training_step(model, "eager"),
+            "auto": training_step(model, "auto"),
+        }
+
+    memory = torch.randn(config.n_layer, batch, n_memory, config.d_model, device=device)
+    inputs = tokens.view(batch, length).to(device), targets.view(batch, length).to(device), memory
+    compare(candidates(0.0), inputs, 1e-2)
+    race(candidates(0.1), [inputs], "auto", tolerance=None, memory=True, target=target)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_transformer_xl_training_step(race, device, case):
     sizes, batch, length = CASES[case]
-    torch.manual_seed(0)
-    model = TransformerXL(TransformerXLConfig(**WORDS, **sizes, mem_len=length)).to(device)
-    tokens, targets = (torch.multinomial(word_frequencies(), batch * length, replacement=True) for _ in range(2))
-    memory = torch.randn(sizes["n_layer"], batch, length, sizes["d_model"], device=device)
-    inputs = [(tokens.view(batch, length).to(device), targets.view(batch, length).to(device), memory)]
-    candidates = {
-        "upstream": training_step(with_upstream_attention(model), "eager"),
-        "eager": training_step(model, "eager"),
-        "auto": training_step(model, "auto"),
-    }
-    race(candidates, inputs, "auto", tolerance=1e-2, memory=True, target="1.5 times eager")
+
+    def make(dropout):
+        return TransformerXL(TransformerXLConfig(**WORDS, **sizes, mem_len=length, dropout=dropout))
+
+    compete(race, make, batch, length, length, device, "1.5 times eager")
 
 
-def word_frequencies():
-    """Zipf's law: adaptive softmax lives on how rare rare words are."""
-    return 1 / torch.arange(1, WORDS["vocab_size"] + 1, dtype=torch.float64)
+SUPERNETS = {  # name: (configuration, batch, length of the segment)
+    "6x128, 16+32, batch 32": (ParConfig.named("wikitext-2-small"), 32, 32),
+    "12x256, 128+128, batch 8": (ParConfig.named("wikitext-2", mem_len=128, cutoffs=(250, 2500)), 8, 128),
+}
+
+
+@pytest.mark.parametrize("case", SUPERNETS)
+def test_supernet_training_step(race, device, case):
+    config, batch, length = SUPERNETS[case]
+
+    def make(dropout):
+        return ParSuperNet(replace(config, dropout=dropout))
+
+    compete(race, make, batch, length, config.mem_len, device, "1.5 times eager at 12 blocks")
