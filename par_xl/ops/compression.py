@@ -35,21 +35,13 @@ def compress_reference(memory: Tensor, usage: Tensor | None, rate: int, mode: st
     return groups.mean(dim=2) if mode == "mean" else groups.max(dim=2).values
 
 
-def conv_reference(
+def convolve(
     memory: Tensor, rate: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None], dilations: Sequence[int]
 ) -> Tensor:
-    """The specification of ``conv`` (one weight, no dilation) and ``dilated_conv``, in plain PyTorch."""
-    x = memory.transpose(1, 2)
-    *layers, last = zip(weights, biases, strict=True)
-    for (weight, bias), dilation in zip(layers, dilations, strict=True):
-        x = F.conv1d(F.pad(x, (dilation, 0)), weight, bias, dilation=dilation).relu()
-    return F.conv1d(x, *last, stride=rate).transpose(1, 2)
+    """``conv`` (one weight, no dilation) and ``dilated_conv`` on every backend: torch's matrix products, one a layer.
 
-
-def conv_as_product(
-    memory: Tensor, rate: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None], dilations: Sequence[int]
-) -> Tensor:
-    """The same, each layer as one matrix product; of a contiguous memory, a group of rows is one long row in place."""
+    Of a contiguous memory, a group of rows is one long row in place.
+    """
     x = memory
     *layers, last = zip(weights, biases, strict=True)
     for (weight, bias), dilation in zip(layers, dilations, strict=True):
@@ -256,8 +248,8 @@ def compress(
             length, with zeros before the first step, where DeepMind's sonnet code has none and so loses steps.
         usage: most_used: ``(B, N)``, the attention each step has received, compared in fp32; the older of equals stays,
             NaN counts as the largest. It gets no gradient.
-        backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose. On each but
-            "eager" the convolutions are torch's matrix products.
+        backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose. On each of
+            them the convolutions are torch's matrix products.
 
     Returns:
         A new contiguous tensor of memory's dtype. Same input, same bits. A second derivative of mean, max and most_used
@@ -275,7 +267,7 @@ def compress(
     usage = None if usage is None else usage.detach().float().contiguous()
     chosen = choose(FORWARD, backend, memory)
     if mode in CONVOLUTIONS:
-        return (conv_reference if chosen == "eager" else conv_as_product)(memory, rate, *layers)
+        return convolve(memory, rate, *layers)
     if chosen == "eager":
         return compress_reference(memory, usage, rate, mode)
     memory = memory if memory.stride(2) == 1 else memory.contiguous()
