@@ -59,12 +59,12 @@ class TestDropout(OpChecks):
             got, expected = (torch.where(x.isfinite() & kept, g, 0.0) for g in gradients)
             torch.testing.assert_close(got, expected)
 
-    def test_keeps_no_mask(self, backend):
-        if backend == "triton":
-            pytest.skip("the interpreter's own memory is not torch's")
+    def test_keeps_no_mask(self):
+        """In C++; in Triton's interpreter the kernel's own variables are torch's allocations too."""
         x = torch.randn(1 << 18, requires_grad=True)
         for relu in (False, True):
-            assert peak_memory(lambda relu=relu: par_xl.dropout(x, 0.1, relu=relu), x.device) <= x.nbytes + 1024
+            peak = peak_memory(lambda relu=relu: par_xl.dropout(x, 0.1, relu=relu, backend="native"), x.device)
+            assert peak <= x.nbytes + 1024
 
     def test_bits_do_not_depend_on_the_threads(self):
         x, threads, seen = torch.randn(200_000), torch.get_num_threads(), []

@@ -11,6 +11,7 @@ from torch.nn.modules.adaptive import _ASMoutput
 
 from par_xl.ops.adaptive_softmax import CPU_WORKSPACE, nll_and_loss
 from par_xl.ops.adaptive_tables import Tables, head_column, softmax_logits, softmaxes
+from par_xl.ops.registry import acc_dtype
 
 
 def _check_widths(d: int, div_value: float, tails: int) -> None:
@@ -99,7 +100,7 @@ def _rows(columns: int) -> int:
 
 def _log_softmax(x: Tensor, softmax) -> Tensor:
     z = softmax_logits(x, softmax)
-    return F.log_softmax(z, 1, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+    return F.log_softmax(z, 1, dtype=acc_dtype(z))
 
 
 class AdaptiveLogSoftmaxWithLoss(_AdaptiveSoftmax, nn.AdaptiveLogSoftmaxWithLoss):

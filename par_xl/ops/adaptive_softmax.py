@@ -34,13 +34,13 @@ from par_xl.ops.adaptive_tables import (
     unflatten,
 )
 from par_xl.ops.adaptive_targets import bad_target, check_targets
-from par_xl.ops.registry import Op, choose, first_derivative_only
+from par_xl.ops.registry import Op, acc_dtype, choose, first_derivative_only
 
 GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 28 << 20  # bytes of logits at a time; on the CPU, what stays in its cache
 
 
 def _loss(z: Tensor, target: Tensor, options: Options) -> Tensor:
-    z, smoothing = z.to(_wide(z)), options.label_smoothing
+    z, smoothing = z.to(acc_dtype(z)), options.label_smoothing
     lse = z.logsumexp(1)
     of_target = z.gather(1, target[:, None])[:, 0]
     return lse - (1 - smoothing) * of_target - smoothing * z.mean(1) + options.z_loss * lse.square()
@@ -51,7 +51,7 @@ def adaptive_nll_reference(x: Tensor, target: Tensor, tables: Tables, options: O
 
     The matrix products round to the tables' dtype, as PyTorch's do; all else is in fp32.
     """
-    ends, wide = options.ends, _wide(x)
+    ends, wide = options.ends, acc_dtype(x)
     head, *tails = softmaxes(tables, ends, tables.cluster_weight is not None)
     ignored = target == options.ignore_index
     outside = ((target < 0) | (target >= ends[-1])) & ~ignored
@@ -67,16 +67,12 @@ def adaptive_nll_reference(x: Tensor, target: Tensor, tables: Tables, options: O
     return nll.masked_fill(ignored, 0.0).masked_fill(outside, torch.nan)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _fake_forward(x, *_):
-    return x.new_empty(x.shape[0], dtype=_wide(x))
+    return x.new_empty(x.shape[0], dtype=acc_dtype(x))
 
 
 def _fake_backward(grad, x, target, weights, biases, projections, cluster_weight, cluster_bias, *others):
-    needed, wide = others[-2], _wide(x)
+    needed, wide = others[-2], acc_dtype(x)
     inputs = (x, *weights, *biases, *projections, cluster_weight, cluster_bias)
     gradients = [
         x.new_empty(t.shape if need else 0, dtype=wide)  # contiguous, whatever the strides of t
@@ -177,7 +173,7 @@ class AdaptiveNLL(torch.autograd.Function):
         weight = None
         if reduction != "none":
             valid = target != options.ignore_index
-            weight = valid.to(_wide(x))
+            weight = valid.to(acc_dtype(x))
             if reduction == "mean":
                 weight = weight / valid.sum().clamp(min=1)
         ctx.save_for_backward(x, target, weight, *tensors)

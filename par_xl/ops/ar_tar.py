@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from par_xl.ops.large_results import to_be_filled
-from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only, rows
+from par_xl.ops.registry import _C, DTYPES, Op, acc_dtype, choose, first_derivative_only, rows
 
 
 def ar_tar_reference(output: Tensor, raw: Tensor, lengths: Tensor | None, alpha: float, beta: float) -> Tensor:
     """The specification, in plain PyTorch: ``(B, T, d)`` in, 0-d out, in fp32 (fp64 for fp64)."""
-    wide = torch.float64 if output.dtype == torch.float64 else torch.float32
-    squares = output.to(wide).square()
-    steps = raw.to(wide).diff(dim=1).square()
+    squares = output.to(acc_dtype(output)).square()
+    steps = raw.to(acc_dtype(output)).diff(dim=1).square()
     if lengths is None:
         return alpha * squares.sum() / max(squares.numel(), 1) + beta * steps.sum() / max(steps.numel(), 1)
     time = torch.arange(output.shape[1], device=output.device)
@@ -29,15 +28,15 @@ def ar_tar_reference(output: Tensor, raw: Tensor, lengths: Tensor | None, alpha:
     # where, not a product: whatever stands in the padding, NaN included, must not reach the sum.
     squares = torch.where(real, squares, 0.0)
     steps = torch.where(real[:, 1:], steps, 0.0)
-    n_steps = (real.sum() * output.shape[2]).clamp(min=1).to(wide)
-    n_pairs = (real[:, 1:].sum() * output.shape[2]).clamp(min=1).to(wide)
+    n_steps = (real.sum() * output.shape[2]).clamp(min=1).to(squares.dtype)
+    n_pairs = (real[:, 1:].sum() * output.shape[2]).clamp(min=1).to(steps.dtype)
     loss = alpha * squares.sum() / n_steps + beta * steps.sum() / n_pairs
     bad = (lengths < 0) | (lengths > output.shape[1])
     return torch.where(bad.any(), torch.nan, loss)  # what a GPU can do without a synchronisation
 
 
 def _accumulator(x: Tensor, *shape: int) -> Tensor:
-    return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty(shape, dtype=acc_dtype(x))
 
 
 def _fake_forward(output, raw, lengths, alpha, beta, backend):

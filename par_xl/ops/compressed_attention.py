@@ -20,7 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from par_xl.ops.registry import choose, first_derivative_only
+from par_xl.ops.philox import draw_seeds
+from par_xl.ops.registry import acc_dtype, choose, first_derivative_only
 from par_xl.ops.rel_attention import (
     BACKWARD,
     FORWARD,
@@ -28,7 +29,6 @@ from par_xl.ops.rel_attention import (
     _bias,
     _check,
     _check_tensor,
-    _wide,
     dropout_keep,
     masked_scores,
 )
@@ -40,7 +40,7 @@ Part = tuple[Tensor, Tensor, Tensor, tuple[int, int]]  # keys, position rows, po
 
 def joint_scores(q: Tensor, content_bias: Tensor, parts: Sequence[Part], scale: float, **queries: int) -> Tensor:
     """The scores ``(B, H, Q, K)`` of several parts of the keys side by side; ``queries`` as in masked_scores."""
-    wide = _wide(q)
+    wide = acc_dtype(q)
     scores = []
     for part in parts:
         x, k, r, u, v = (x.to(wide) for x in (q, part[0], part[1], content_bias, part[2]))
@@ -159,7 +159,7 @@ def compressed_attention(
     own = compressed_r, _bias("compressed_bias", compressed_bias, q)
     old: tuple[Tensor | None, Tensor | None] = memory or (None, None)
     given = q, k, v, r, *biases, *old, *compressed, *own
-    seeds = torch.randint(2**63 - 1, (2,), device=q.device) if dropout_p > 0 else None
+    seeds = draw_seeds(q.device, 2) if dropout_p > 0 else None
     chosen = choose(FORWARD, backend, q)
     if chosen == "eager":
         return compressed_attention_reference(*given, seeds, scale, float(dropout_p))

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from par_xl.ops.large_results import to_be_filled
-from par_xl.ops.philox import draw_seed, philox
-from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only
+from par_xl.ops.philox import draw_seeds, philox
+from par_xl.ops.registry import _C, DTYPES, Op, acc_dtype, choose, first_derivative_only, no_cuda
 
 ROUNDS = 7
 
@@ -34,8 +34,8 @@ def dropout_reference(x: Tensor, seed: Tensor, p: float, relu: bool) -> Tensor:
     """The specification, in plain PyTorch: fp32 arithmetic (fp64 for fp64), rounded once to x's dtype."""
     words = philox(seed, torch.arange(plane(x.numel()), device=x.device), ROUNDS)
     keep = (torch.cat(words)[: x.numel()] >= threshold(p)).view(x.shape)
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return torch.where(keep, (wide.relu() if relu else wide) * (1 / (1 - p)), 0.0).to(x.dtype)
+    value = x.to(acc_dtype(x))
+    return torch.where(keep, (value.relu() if relu else value) * (1 / (1 - p)), 0.0).to(x.dtype)
 
 
 # x, grad and out: contiguous. With out, that of a forward with the ReLU, the seed is not read.
@@ -49,11 +49,7 @@ BACKWARD = Op(
 )
 
 
-def _no_cuda(device: str, dtype: torch.dtype) -> str:
-    return "dropout has no CUDA kernels" if device == "cuda" else ""
-
-
-@FORWARD.implement("native", lacks=_no_cuda)
+@FORWARD.implement("native", lacks=no_cuda("dropout"))
 def _forward_native(x, seed, p, relu):
     y = to_be_filled(torch.empty_like(x))
     sizes = x.numel(), plane(x.numel()), DTYPES[x.dtype]
@@ -61,7 +57,7 @@ def _forward_native(x, seed, p, relu):
     return y
 
 
-@BACKWARD.implement("native", lacks=_no_cuda)
+@BACKWARD.implement("native", lacks=no_cuda("dropout"))
 def _backward_native(grad, seed, out, p):
     if out is None:
         return _forward_native(grad, seed, p, False)
@@ -156,5 +152,5 @@ def dropout(
     chosen = choose(FORWARD, backend, x)
     if chosen == "eager":
         return F.dropout(F.relu(x) if relu else x, p) if seed is None else dropout_reference(x, seed, float(p), relu)
-    seed = draw_seed(x.device) if seed is None else seed
+    seed = draw_seeds(x.device) if seed is None else seed
     return Dropout.apply(x.contiguous(), seed, float(p), relu, chosen)

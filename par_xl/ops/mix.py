@@ -17,11 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from par_xl.ops.large_results import to_be_filled
-from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from par_xl.ops.registry import _C, DTYPES, Op, acc_dtype, choose, first_derivative_only, no_cuda
 
 
 def mix_reference(
@@ -29,7 +25,7 @@ def mix_reference(
     beta_1: Tensor, eps: float,
 ) -> Tensor:  # fmt: skip
     """The specification, in plain PyTorch: ``(..., d)`` to ``(..., d)``, in fp32 (fp64 for fp64)."""
-    dtype = _wide(x.dtype)
+    dtype = acc_dtype(x.dtype)
     wide, a, f, w, g_0, b_0, g_1, b_1 = (
         t.to(dtype) for t in (x, attended, dense, weights, gamma_0, beta_0, gamma_1, beta_1)
     )
@@ -62,16 +58,12 @@ BACKWARD = Op(
 )
 
 
-def _no_cuda(device: str, dtype: torch.dtype) -> str:
-    return "mix has no CUDA kernels" if device == "cuda" else ""
-
-
 def _problem(x, attended, dense, weights, gamma_0, beta_0, gamma_1, beta_1, stats):
     tensors = (x, attended, dense, weights, gamma_0, beta_0, gamma_1, beta_1, stats)
     return _C.Mix([t.data_ptr() for t in tensors], *x.shape, DTYPES[x.dtype])
 
 
-@FORWARD.implement("native", lacks=_no_cuda)
+@FORWARD.implement("native", lacks=no_cuda("mix"))
 def _forward_native(x, attended, dense, weights, gamma_0, beta_0, gamma_1, beta_1, eps):
     args = x, attended, dense, weights, gamma_0, beta_0, gamma_1, beta_1
     out, stats = map(to_be_filled, _fake_forward(*args, eps, None))
@@ -79,7 +71,7 @@ def _forward_native(x, attended, dense, weights, gamma_0, beta_0, gamma_1, beta_
     return out, stats
 
 
-@BACKWARD.implement("native", lacks=_no_cuda)
+@BACKWARD.implement("native", lacks=no_cuda("mix"))
 def _backward_native(grad, x, attended, dense, weights, gamma_0, beta_0, gamma_1, beta_1, stats):
     args = x, attended, dense, weights, gamma_0, beta_0, gamma_1, beta_1, stats
     results = tuple(map(to_be_filled, _fake_backward(grad, *args, None)))
@@ -193,5 +185,5 @@ def mix(
     if chosen == "native":  # Triton's kernels read branches of another dtype as they are
         attended, dense = attended.to(dtype), dense.to(dtype)
     rows = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, attended, dense))
-    wide = (t.to(_wide(dtype)).contiguous() for t in (weights, *parameters.values()))
+    wide = (t.to(acc_dtype(dtype)).contiguous() for t in (weights, *parameters.values()))
     return Mix.apply(*rows, *wide, float(eps), chosen).view(x.shape)

@@ -20,6 +20,6 @@ def philox(seed: Tensor, counter: Tensor, rounds: int = 10) -> tuple[Tensor, Ten
     return c0, c1, c2, c3
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """A seed ``(1,)`` from torch's generator of the device, which stays there: no synchronisation."""
-    return torch.randint(2**63 - 1, (1,), device=device)
+def draw_seeds(device: torch.device, n: int = 1) -> Tensor:
+    """Seeds ``(n,)`` from torch's generator of the device, which stay there: no synchronisation."""
+    return torch.randint(2**63 - 1, (n,), device=device)

@@ -79,6 +79,16 @@ def rows(x: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if x is None or x.numel() == 0 else (x.data_ptr(), x.stride(0), x.stride(1))
 
 
+def acc_dtype(x: Tensor | torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic on x, whatever the storage: fp32, or fp64 for fp64."""
+    return torch.float64 if (x.dtype if isinstance(x, Tensor) else x) == torch.float64 else torch.float32
+
+
+def no_cuda(op: str) -> Callable[[str, torch.dtype], str]:
+    """What ``native`` lacks in an op that has C++ kernels alone; for :meth:`Op.implement`."""
+    return lambda device, dtype: f"{op} has no CUDA kernels" if device == "cuda" else ""
+
+
 class _NoSecondDerivative(torch.autograd.Function):
     """Passes a gradient on, and raises when it is itself differentiated."""
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from par_xl.ops.philox import draw_seed, philox
-from par_xl.ops.registry import _C, DTYPES, Op, choose, first_derivative_only
+from par_xl.ops.philox import draw_seeds, philox
+from par_xl.ops.registry import _C, DTYPES, Op, acc_dtype, choose, first_derivative_only, no_cuda
 
 UNLIMITED = 2**31 - 1  # a window without an end
 
@@ -67,7 +67,7 @@ def rel_attention_reference(
     left: int, right: int, scale: float, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """The specification, in plain PyTorch on any device: fp32 arithmetic (fp64 for fp64), rounded once to q's dtype."""
-    dtype, wide, n_memory = q.dtype, _wide(q), 0
+    dtype, wide, n_memory = q.dtype, acc_dtype(q), 0
     if k_memory is not None and v_memory is not None:
         n_memory = k_memory.shape[2]
         k, v = torch.cat((k_memory, k), 2), torch.cat((v_memory, v), 2)
@@ -89,12 +89,8 @@ def rel_attention_reference(
     return out
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _fake_forward(q, *_):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_wide(q))
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=acc_dtype(q))
 
 
 def _fake_backward(grad, q, k, v, r, content_bias, position_bias, k_memory, v_memory, *_):
@@ -135,15 +131,11 @@ def _problem(*inputs: Any) -> Any:
     return _C.RelAttention(tensors, addresses, sizes, *options, DTYPES[q.dtype])
 
 
-def _no_cuda(device: str, dtype: torch.dtype) -> str:
-    return "rel_attention has no CUDA kernels" if device == "cuda" else ""
-
-
 def _no_fp64_on_a_gpu(device: str, dtype: torch.dtype) -> str:
     return "Triton has no fp64 products" if device == "cuda" and dtype == torch.float64 else ""
 
 
-@FORWARD.implement("native", lacks=_no_cuda)
+@FORWARD.implement("native", lacks=no_cuda("rel_attention"))
 def _forward_native(*inputs):
     q, k, key_lengths = inputs[0], inputs[1], inputs[8]
     _check_length_values(key_lengths, k.shape[2])
@@ -155,7 +147,7 @@ def _forward_native(*inputs):
     return out, lse
 
 
-@BACKWARD.implement("native", lacks=_no_cuda)
+@BACKWARD.implement("native", lacks=no_cuda("rel_attention"))
 def _backward_native(grad, *inputs):
     tensors, (out, lse, part), options = inputs[:10], inputs[10:13], inputs[13:]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -366,7 +358,7 @@ def rel_attention(
     if key_lengths is not None:
         _check_key_lengths(key_lengths, q)
         key_lengths = key_lengths.long().contiguous()
-    seed = draw_seed(q.device) if dropout_p > 0 else None
+    seed = draw_seeds(q.device) if dropout_p > 0 else None
     options = left, right, scale, float(dropout_p)
     chosen = choose(FORWARD, backend, q)
     given = q, k, v, r, content_bias, position_bias, k_memory, v_memory
