@@ -353,8 +353,11 @@ def test_accelerate_refuses_what_a_kernel_cannot_do():
     hole = torch.ones(T, T).triu(1)
     layer(w, r, bias, bias, hole)
     hole[3, 1] = 1  # in place: the mask that was looked at has changed
-    with pytest.raises(ValueError, match="nothing else"):
-        layer(w, r, bias, bias, hole)
+    last_key = torch.ones(T, T).triu(1)
+    last_key[:, -1] = 1
+    for refused in (hole, last_key, torch.zeros(T, T), torch.ones(T, T).triu(2)):
+        with pytest.raises(ValueError, match="nothing else"):
+            layer(w, r, bias, bias, refused)
     with pytest.raises(ValueError, match="output_attentions"):
         hugging_face["layers"][0](w, r, hole, output_attentions=True)
     with pytest.raises(TypeError, match="contain"):

@@ -6,19 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from par_xl.nn.adaptive_softmax import AdaptiveLogSoftmaxWithLoss
-from par_xl.nn.rel_attention import RelPartialLearnableMultiHeadAttn, Window, band
+from par_xl.nn.attention_mask import read_mask, read_once
+from par_xl.nn.rel_attention import RelPartialLearnableMultiHeadAttn, Window
+from par_xl.nn.speech_acceleration import speech_twin
 
 
 def accelerate(module: nn.Module) -> dict[str, nn.Module]:
     """Swap, in place, every submodule that this library knows for its fused twin, which shares its parameters.
 
     Known are, by class name and parts: ``RelPartialLearnableMultiHeadAttn`` of kimiyoung/transformer-xl, of NVIDIA's
-    Transformer-XL and of Hugging Face's ``transfo_xl``; and ``torch.nn.AdaptiveLogSoftmaxWithLoss``. A twin is called
-    as the original is. The parameters, their names and their order stay, so that optimizers and checkpoints go on; so
-    does the training mode. Forward hooks of a swapped module are lost.
+    Transformer-XL and of Hugging Face's ``transfo_xl``; ``RelPositionMultiHeadedAttention`` of ESPnet and
+    ``RelPositionMultiHeadAttention`` of NeMo (:func:`par_xl.nn.speech_acceleration.speech_twin`); and
+    ``torch.nn.AdaptiveLogSoftmaxWithLoss``. A twin is called as the original is. The parameters, their names and their
+    order stay, so that optimizers and checkpoints go on; so does the training mode. Forward hooks of a swapped module
+    are lost, but for the speech layers'. An attention twin has no attention matrix to look at, and the host looks at
+    each mask once for all layers that share it: Transformer-XL's twins refuse a mask that no window expresses, a speech
+    layer's twin then runs the layer's own code.
 
         swapped = par_xl.accelerate(model)      # {"layers.0.dec_attn": ..., ...}; empty: nothing was known
 
@@ -46,7 +51,8 @@ def _twin(module: nn.Module) -> nn.Module | None:
     for make in TWINS:
         twin = make(module)
         if twin is not None:
-            return twin.train(module.training)
+            twin.training = module.training  # its children are the module's own
+            return twin
     return None
 
 
@@ -116,10 +122,7 @@ def _adaptive_log_softmax(module: nn.Module) -> nn.Module | None:
     return twin
 
 
-TWINS: list[Callable[[nn.Module], nn.Module | None]] = [_rel_partial_learnable, _adaptive_log_softmax]
-
-# The window of a mask that was looked at, and the mask's version then.
-_windows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+TWINS: list[Callable[[nn.Module], nn.Module | None]] = [_rel_partial_learnable, _adaptive_log_softmax, speech_twin]
 
 
 def _window(attn_mask: Tensor | None) -> Window:
@@ -129,23 +132,11 @@ def _window(attn_mask: Tensor | None) -> Window:
     """
     if attn_mask is None:
         raise ValueError("attn_mask must be given: the layer is causal")
-    version, window = _windows.get(attn_mask, (None, None))
-    if version != attn_mask._version:
-        window = _read_window(attn_mask)
-        _windows[attn_mask] = attn_mask._version, window
-    return window
-
-
-# What torch.compiler.disable sets; calling it would import torch._dynamo, and with it triton, along with par_xl.
-_window._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return read_once(attn_mask, _read_window)
 
 
 def _read_window(attn_mask: Tensor) -> Window:
-    visible = attn_mask.reshape(attn_mask.shape[:2]) == 0
-    n_queries, n_keys = visible.shape
-    queries, keys = visible.nonzero(as_tuple=True)
-    left = int((queries + n_keys - n_queries - keys).max()) if len(keys) else -1
-    window = None if left == n_keys - 1 else left, 0
-    if not torch.equal(visible, band(n_queries, n_keys, window, visible.device)):
+    seen = read_mask(attn_mask.reshape(1, *attn_mask.shape[:2]) == 0, len(attn_mask))
+    if seen is None or seen.window[1] != 0 or seen.key_lengths is not None or seen.rows is not None:
         raise ValueError("attn_mask must hide the future, and the keys beyond one distance if any, and nothing else")
-    return window
+    return seen.window

@@ -1,5 +1,7 @@
 """The self-attention of Conformer encoders: relative positions in both directions, padding, streaming."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -80,7 +82,7 @@ class RelPositionMultiHeadAttention(nn.Module):
             if lengths is not None:
                 raise ValueError("lengths and padding_mask must not both be given")
             lengths = _lengths(padding_mask)
-        return self._attend(x, pos_emb, None, lengths)
+        return self._attend(x, x, pos_emb, lengths)
 
     def stream(self, x: Tensor, pos_emb: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
         """The next frames of a stream; with ``context=(left, 0)`` the results are those of one pass over all frames.
@@ -96,30 +98,37 @@ class RelPositionMultiHeadAttention(nn.Module):
         frames = torch.cat((cache, x), 1)
         left = self.context[0]
         kept = frames if left is None else frames[:, max(0, frames.shape[1] - left) :]
-        return self._attend(x, pos_emb, cache, None), kept.detach()
+        return self._attend(x, frames, pos_emb, None), kept.detach()
 
-    def _attend(self, x: Tensor, pos_emb: Tensor, cache: Tensor | None, lengths: Tensor | None) -> Tensor:
-        heads = rel_attention(
-            self._split(self.linear_q(x)),
-            self._split(self.linear_k(x)),
-            self._split(self.linear_v(x)),
-            self.linear_pos(pos_emb.flatten(0, -2)).unflatten(-1, (self.n_head, -1)).transpose(0, 1),
-            self.pos_bias_u,
-            self.pos_bias_v,
-            memory=None if cache is None else (self._split(self.linear_k(cache)), self._split(self.linear_v(cache))),
-            causal=False,
-            window=self.context,
-            key_lengths=lengths,
-            dropout_p=self.dropout_rate if self.training else 0.0,
-        )
+    def _attend(self, x: Tensor, frames: Tensor, pos_emb: Tensor, lengths: Tensor | None) -> Tensor:
+        dropout_p = self.dropout_rate if self.training else 0.0
+        heads = attention_heads(self, x, frames, frames, pos_emb, dropout_p, self.context, lengths)
         return self.linear_out(heads.transpose(1, 2).flatten(2))
-
-    def _split(self, x: Tensor) -> Tensor:
-        """``(B, T, d)`` to ``(B, H, T, D)``."""
-        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"n_head={self.n_head}, n_feat={self.n_feat}, dropout_rate={self.dropout_rate}, context={self.context}"
+
+
+def attention_heads(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pos_emb: Tensor,
+    dropout_p: float,
+    window: tuple[int | None, int | None],
+    key_lengths: Tensor | None,
+) -> Tensor:
+    """The heads ``(B, H, Q, D)`` of a ``layer`` with ESPnet's and NeMo's names, before ``linear_out``.
+
+    ``query (B, Q, d)``, ``key``, ``value (B, K, d)``; ``pos_emb (P, d)`` or ``(1, P, d)`` from distance ``K - 1`` on.
+    """
+    n_head = layer.pos_bias_u.shape[0]
+    inputs = layer.linear_q(query), layer.linear_k(key), layer.linear_v(value)
+    q, k, v = (x.unflatten(-1, (n_head, -1)).transpose(1, 2) for x in inputs)
+    r = layer.linear_pos(pos_emb.flatten(0, -2)).unflatten(-1, (n_head, -1)).transpose(0, 1)
+    options: dict[str, Any] = {"causal": False, "window": window, "key_lengths": key_lengths, "dropout_p": dropout_p}
+    return rel_attention(q, k, v, r, layer.pos_bias_u, layer.pos_bias_v, **options)
 
 
 def _lengths(padding_mask: Tensor) -> Tensor:
