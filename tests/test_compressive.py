@@ -259,6 +259,25 @@ def test_no_synchronisation_and_cuda_graph(mode):
     assert_capturable(step)
 
 
+@pytest.mark.parametrize("loss", ["attention", "auto-encoding", "bptt"])
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast(mode, loss):
+    """The embeddings are projected, so even the first layer's input is bf16; the memory and the gradients are fp32."""
+    options = dict(cutoffs=(5, 11), div_val=2, d_embed=4)
+    model = new_model(mode, compression_loss=loss, segment_len=4, **options)
+    text = torch.randint(17, (2, 25))
+    results = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model(text[:, :-1], text[:, 1:])
+        output.loss.backward()
+        results.append(output.loss.detach())
+        assert {rows.dtype for rows, _, _ in output.memory} == {torch.float32}
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(results[1], results[0], rtol=0.02, atol=0)
+
+
 def test_temporal_range():
     """``l (nm + c ncm)``: a token at that distance changes the output, one beyond it does not."""
     torch.manual_seed(3)
@@ -328,7 +347,7 @@ def test_named_configurations():
         (dict(compression_loss="bptt"), "bptt needs segment_len"),
         (dict(memory_layers=(1, 1)), "memory_layers must ascend"),
         (dict(compressed_positions="none"), "compressed_positions must be one of shared, own"),
-        (dict(compression="conv", dilation=(1,)), "dilation is for compression dilated_conv"),
+        (dict(compression="conv", dilation=(1,)), "dilation goes with compression dilated_conv, not \\(1,\\) with conv"),
         (dict(compression_loss="l2"), "compression_loss must be one of attention"),
         (dict(memory_layers=(3,)), "memory_layers must lie between 0 and 2"),
     ],

@@ -101,9 +101,11 @@ def advance(
 ) -> tuple[MemoryState, Evicted]:
     """Append the segment ``hidden (B, T, d)``; see :class:`CompressiveMemory`, which holds the state itself.
 
-    Returns a new state; the old one stays as it is. ``hidden`` is detached, and unless ``bptt`` so is everything else.
+    Returns a new state of the same dtype (under autocast, ``hidden`` and what compressors make may have another); the
+    old one stays as it is. ``hidden`` is detached, and unless ``bptt`` so is everything else.
     """
-    rows, hidden = state.rows if bptt else state.rows.detach(), hidden.detach()
+    rows = state.rows if bptt else state.rows.detach()
+    hidden = hidden.detach().to(rows.dtype)
     options: dict[str, Any] = dict(memory_length=memory_length, compressed_length=compressed_length)
     options["rate"] = compressor.rate
     sizes = sizes_of_update(rows, hidden, state.compressed, **options)
@@ -113,7 +115,7 @@ def advance(
     if fresh is None:
         options["mode"] = compressor.mode
     else:
-        options["fresh"] = fresh if bptt else fresh.detach()
+        options["fresh"] = (fresh if bptt else fresh.detach()).to(rows.dtype)
     rows, compressed = update_memory(rows, hidden, state.compressed, **options)
     return MemoryState(rows, compressed, rest), Evicted(old, fresh if compressor.weights else None)
 
