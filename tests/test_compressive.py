@@ -278,6 +278,27 @@ def test_autocast(mode, loss):
     torch.testing.assert_close(results[1], results[0], rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_compiled_while_the_memory_grows(own):
+    """A graph for no memory, for each way in which it can grow, and for a full one; not one for each length."""
+    torch._dynamo.reset()
+    options = dict(mem_len=16, compressed_len=8, n_layer=1)
+    model = new_model("mean", compressed_positions="own" if own else "shared", **options)
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled, memory, compiled_memory, lengths = torch.compile(model, backend=count), None, None, set()
+    for tokens, targets in segments(9):
+        wanted, got = model(tokens, targets, memory), compiled(tokens, targets, compiled_memory)
+        torch.testing.assert_close(got.loss, wanted.loss)
+        memory, compiled_memory = wanted.memory, got.memory
+        lengths.add(memory[0][0].shape[1])
+    assert len(lengths) == 8 and len(graphs) <= 5
+
+
 def test_temporal_range():
     """``l (nm + c ncm)``: a token at that distance changes the output, one beyond it does not."""
     torch.manual_seed(3)
@@ -347,7 +368,7 @@ def test_named_configurations():
         (dict(compression_loss="bptt"), "bptt needs segment_len"),
         (dict(memory_layers=(1, 1)), "memory_layers must ascend"),
         (dict(compressed_positions="none"), "compressed_positions must be one of shared, own"),
-        (dict(compression="conv", dilation=(1,)), "dilation goes with compression dilated_conv, not \\(1,\\) with conv"),
+        (dict(compression="conv", dilation=(1,)), "dilation goes with dilated_conv, not \\(1,\\) with conv"),
         (dict(compression_loss="l2"), "compression_loss must be one of attention"),
         (dict(memory_layers=(3,)), "memory_layers must lie between 0 and 2"),
     ],
@@ -363,6 +384,8 @@ def test_bad_input():
         model(torch.zeros(2, 4).long(), torch.zeros(2, 3).long())
     with pytest.raises(ValueError, match="memory must have 3 entries of batch 2"):
         model(torch.zeros(2, 4).long(), memory=model.init_memory(3))
+    with pytest.raises(ValueError, match="and the same sizes"):
+        model(torch.zeros(2, 4).long(), memory=[*model.init_memory(2)[:2], (torch.zeros(2, 3, 8), 0, None)])
     with pytest.raises(ValueError, match="no weights of a Compressive Transformer"):
         CompressiveTransformer._loaded(None, {})
 

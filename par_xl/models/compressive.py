@@ -137,9 +137,12 @@ class CompressiveTransformer(TransformerXL):
             raise ValueError(f"tokens must have shape (B, T) with T > 0, not {tuple(tokens.shape)}")
         if targets is not None and targets.shape != tokens.shape:
             raise ValueError(f"targets must have the shape of tokens {tuple(tokens.shape)}, not {tuple(targets.shape)}")
-        if len(states) != len(self.memory_layers) or any(s.rows.shape[0] != len(tokens) for s in states):
-            shapes = [tuple(s.rows.shape) for s in states]
-            raise ValueError(f"memory must have {len(self.memory_layers)} entries of batch {len(tokens)}, not {shapes}")
+        shapes = [(*s.rows.shape, s.compressed) for s in states]
+        if len(states) != len(self.memory_layers) or shapes != [(len(tokens), *shapes[0][1:])] * len(shapes):
+            raise ValueError(
+                f"memory must have {len(self.memory_layers)} entries of batch {len(tokens)} and the same sizes, not"
+                f" (B, rows, d, compressed) {shapes}"
+            )
 
     def attend(
         self, tokens: Tensor, states: list[MemoryState], received: bool = False
@@ -152,23 +155,23 @@ class CompressiveTransformer(TransformerXL):
         """
         x = self.drop(self.word_emb(tokens))
         by_layer = dict(zip(self.memory_layers, states, strict=True))
-        positions: dict[int, tuple[Tensor, ...]] = {}  # waves and shared biases, by number of keys
+        first, steps = states[0], tokens.shape[1]  # all states have as many rows
+        own = first.compressed if self.compressed_positions else 0
 
-        def of(n_keys: int) -> tuple[Tensor, ...]:
-            if n_keys not in positions:
-                positions[n_keys] = self.positions(n_keys, x.dtype)[0][1]  # type: ignore[assignment]
-            return positions[n_keys]
+        def waves(n_keys: int) -> tuple[Tensor, ...]:  # and shared biases
+            return self.positions(n_keys, x.dtype)[0][1]  # type: ignore[return-value]
 
-        inputs, stored, usages, steps = [], [], [], tokens.shape[1]
+        own_waves = waves(own + steps)[0][:-1] if own else None
+        with_memory = waves(first.rows.shape[1] - own + steps)
+        without = with_memory if len(states) == len(self.layers) else waves(steps)
+        inputs, stored, usages = [], [], []
         for i in range(len(self.layers)):
             given, state = x, by_layer.get(i)
-            n_rows = 0 if state is None else state.rows.shape[1]
-            own = state.compressed if state is not None and self.compressed_positions else 0
-            args = i, x, state, of(n_rows - own + steps), of(own + steps)[0][:-1] if own else None, received
+            read = (without, None) if state is None else (with_memory, own_waves)
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x, usage = checkpoint(self._layer, *args, use_reentrant=False)
+                x, usage = checkpoint(self._layer, i, x, state, *read, received, use_reentrant=False)
             else:
-                x, usage = self._layer(*args)
+                x, usage = self._layer(i, x, state, *read, received)
             if state is not None:
                 inputs.append(given)
                 stored.append(x if self.config.enhanced_recurrence else given)

@@ -55,7 +55,7 @@ class CompressiveConfig(TransformerXLConfig):
                 f" not {self.compressed_len}, {self.segment_len}, {self.rate}"
             )
         if bool(self.dilation) != (self.compression == "dilated_conv"):
-            raise ValueError(f"dilation goes with compression dilated_conv, not {self.dilation} with {self.compression}")
+            raise ValueError(f"dilation goes with dilated_conv, not {self.dilation} with {self.compression}")
         choices = {
             "compression": ("mean", "max", "conv", "dilated_conv", "most_used"),
             "compression_loss": ("attention", "auto-encoding", "bptt", "none"),
