@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import accumulate
 from typing import Any
 from unittest import mock
@@ -69,25 +69,22 @@ def largest_error(x: Tensor, exact: Tensor) -> float:
 
 
 @contextmanager
-def nan_allocations() -> Iterator[None]:
-    """Memory from ``torch.empty`` and its relatives holds NaN, as a result that was never written then does."""
+def replaced_allocations(replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """``torch.empty`` and its relatives return ``replace`` of their result."""
 
-    def poisoned(allocate: Callable) -> Callable:
-        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
-            x = allocate(*args, **kwargs)
-            return x.fill_(torch.nan) if x.is_floating_point() else x
-
-        return wrapper
+    def wrapped(allocate: Callable) -> Callable:
+        return lambda *args, **kwargs: replace(allocate(*args, **kwargs))
 
     targets = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
-    patches = [mock.patch.object(owner, name, poisoned(getattr(owner, name))) for owner, name in targets]
-    for patch in patches:
-        patch.start()
-    try:
+    with ExitStack() as stack:
+        for owner, name in targets:
+            stack.enter_context(mock.patch.object(owner, name, wrapped(getattr(owner, name))))
         yield
-    finally:
-        for patch in patches:
-            patch.stop()
+
+
+def nan_allocations() -> AbstractContextManager[None]:
+    """New memory holds NaN, as a result that was never written then does."""
+    return replaced_allocations(lambda x: x.fill_(torch.nan) if x.is_floating_point() else x)
 
 
 @contextmanager

@@ -24,9 +24,9 @@ def pytest_generate_tests(metafunc):
     if "dtype" in names and hasattr(metafunc.cls, "dtypes"):
         metafunc.parametrize("dtype", metafunc.cls.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
     if "backend" in names:
-        metafunc.parametrize("backend", ["native", "triton"])
+        metafunc.parametrize("backend", getattr(metafunc.cls, "backends", ["native", "triton"]))
     if "device" in names:
-        metafunc.parametrize("device", DEVICES)
+        metafunc.parametrize("device", getattr(metafunc.cls, "devices", DEVICES))
 
 
 def pytest_collection_modifyitems(items):
