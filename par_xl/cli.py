@@ -77,9 +77,9 @@ Options = Annotated[
 Epochs = Annotated[int | None, typer.Option(help="Short for --set epochs=N.")]
 Seed = Annotated[int | None, typer.Option(help="Short for --set seed=N.")]
 Backend = Annotated[str, typer.Option(help="eager, native, triton or auto.")]
-Precision = Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed, ... (Lightning's names).")]
+Precision = Annotated[str, typer.Option(help="32-true, bf16-mixed (CPU, GPU), 16-mixed (GPU), ...: Lightning's names.")]
 Devices = Annotated[str, typer.Option(help="How many, or auto.")]
-Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the model.")]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the model; of a search, without hard samples.")]
 Resume = Annotated[Path | None, typer.Option(help="A .ckpt of the same run to go on from.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 

@@ -317,9 +317,9 @@ def test_samples_go_on_after_a_state_dict(text):
 
 def test_compiles(text):
     """Into one graph with torch's own random numbers; a generator breaks it, and a new temperature is no new graph."""
-    from torch._dynamo.testing import CompileCounter
+    from torch._dynamo.testing import CompileCounterWithBackend
 
-    model = supernet().float()
+    model = supernet(n_layer=2).float()
     memory = model(text[:, :T]).memory
     segment = text[:, T : 2 * T], text[:, T + 1 : 2 * T + 1], memory
     model.generator = None
@@ -333,7 +333,7 @@ def test_compiles(text):
     assert model.choice.pi.grad.any()
 
     torch.compiler.reset()
-    model.generator, counter = torch.Generator(), CompileCounter()
+    model.generator, counter = torch.Generator(), CompileCounterWithBackend("aot_eager")
     compiled, frames = torch.compile(model, backend=counter), []
     for step in range(6):
         model.temperature = 1.0 - 0.1 * step
@@ -342,7 +342,7 @@ def test_compiles(text):
         model.generator.manual_seed(step)
         torch.testing.assert_close(loss, model(*segment).loss)
         frames.append(counter.frame_count)
-    assert frames[-1] == frames[2]
+    assert frames[-1] == frames[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

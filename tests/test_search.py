@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partialmethod
 
 import lightning as L
 import pytest
@@ -25,6 +26,7 @@ from par_xl.training import (
     search_par,
 )
 from par_xl.training import search as search_module
+from par_xl.training.architecture_pictures import CHOICES
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(*IGNORED)]
 
@@ -37,6 +39,7 @@ VARIANTS = {
     "held out": dict(held_out=0.1, architecture_share=1.0),
     "hard": dict(hard=True),
     "one optimizer": dict(two_optimizers=False, max_steps=55),
+    "bf16-mixed": {},
 }
 
 
@@ -57,7 +60,7 @@ def no_pictures(monkeypatch):
 
 
 INTERRUPTED = [("two optimizers", 3), ("two optimizers", 19), ("held out", 19), ("held out", 33), ("hard", 33)]
-INTERRUPTED += [("one optimizer", 31), ("one optimizer", 54)]
+INTERRUPTED += [("one optimizer", 31), ("one optimizer", 54), ("bf16-mixed", 33)]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -68,7 +71,8 @@ def test_a_resumed_search_gives_the_numbers_of_an_uninterrupted_one(corpus, tmp_
     A validation follows every 10th step; an epoch has 32 steps, "held out" 29; "one optimizer" ends after 55.
     """
     recipe = small(**VARIANTS[variant])
-    expected, history = search_par(corpus, recipe, tmp_path / "whole", devices=1)
+    how = {"devices": 1, "precision": variant if variant == "bf16-mixed" else "32-true"}
+    expected, history = search_par(corpus, recipe, tmp_path / "whole", **how)
     snapshots = json.loads((tmp_path / "whole" / "architecture.json").read_text())
     assert len({str(p) for p in snapshots["probabilities"]}) > 10
     out = tmp_path / "stopped"
@@ -80,9 +84,9 @@ def test_a_resumed_search_gives_the_numbers_of_an_uninterrupted_one(corpus, tmp_
 
         patch.setattr(search_module, "fit", interrupted)
         with pytest.raises(SystemExit):
-            search_par(corpus, recipe, out, devices=1)
+            search_par(corpus, recipe, out, **how)
     torch.rand(17), L.seed_everything(99, verbose=False)  # nothing of this process may matter
-    model, resumed = search_par(corpus, recipe, out, devices=1, resume=out / "interrupted.ckpt")
+    model, resumed = search_par(corpus, recipe, out, **how, resume=out / "interrupted.ckpt")
     assert resumed.train == history.train and resumed.valid == history.valid
     assert json.loads((out / "architecture.json").read_text()) == snapshots
     assert_same_parameters(model, expected, rtol=0, atol=0)
@@ -161,6 +165,57 @@ def test_each_batch_teaches_whom_it_should(corpus, held_out):
         model.zero_grad()
         module._call(*next(iter(LanguageModelData(corpus, 4, 12).streams(corpus.train))), None).loss.backward()
         assert model.choice.pi.grad is None
+
+
+class Seen(L.Callback):
+    """The dtypes of a step, and what it logs beside the probabilities that it is to log."""
+
+    def on_train_start(self, trainer, module):
+        self.dtypes, self.logged = set(), []
+        model = module.model
+        for part in (model.choice, model.layers[0].pos_ff.CoreNet[0], model.layers[0].dec_attn.qkv_net):
+            part.register_forward_hook(lambda part, _, out: self.dtypes.add((type(part).__name__, out.dtype)))
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        pi = module.model.choice.pi
+        self.dtypes |= {("pi", pi.dtype), ("its gradient", pi.grad.dtype)}
+        shown = [trainer.callback_metrics[f"block{i}/{choice}"] for i in (1, 2) for choice in CHOICES]
+        self.logged.append((torch.stack(shown), pi.detach().softmax(1).flatten()))
+
+
+def test_mixed_precision_leaves_the_choices_in_fp32(corpus):
+    model = ParSuperNet(ParConfig(len(corpus.vocabulary), n_layer=2, n_head=2, d_model=8, d_inner=8, mem_len=8))
+    torch.nn.init.normal_(model.choice.pi)
+    module, seen = ArchitectureSearch(model, small(freeze=0, architecture_share=1.0)), Seen()
+    trainer(seen, max_steps=3, precision="bf16-mixed", log_every_n_steps=1).fit(
+        module, LanguageModelData(corpus, 4, 12)
+    )
+    fp32, bf16 = torch.float32, torch.bfloat16
+    assert seen.dtypes == {("RelaxedOneHot", fp32), ("pi", fp32), ("its gradient", fp32), ("Linear", bf16)}
+    for shown, probabilities in seen.logged:
+        torch.testing.assert_close(shown, probabilities)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_compiled_search_is_the_search(corpus, tmp_path, monkeypatch):
+    """Nothing is compiled for a validation, whose graph would change with the pattern."""
+    with_gradients = []
+
+    def backend(graph, _):
+        with_gradients.append(torch.is_grad_enabled())
+        return graph.forward
+
+    monkeypatch.setattr(ParSuperNet, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    recipe = small(epochs=1, n_layer=1)
+    model, history = search_par(corpus, recipe, tmp_path / "plain", devices=1)
+    compiled, again = search_par(corpus, recipe, tmp_path / "compiled", devices=1, compile=True)
+    assert with_gradients and all(with_gradients)
+    losses = [[loss for _, loss in run.train] for run in (again, history)]
+    torch.testing.assert_close(*map(torch.tensor, losses))
+    assert_same_parameters(compiled, model)
+    assert compiled.state_dict().keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match="compile must be False with hard"):
+        search_par(corpus, small(hard=True), tmp_path, compile=True)
 
 
 @pytest.mark.usefixtures("no_pictures")

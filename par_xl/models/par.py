@@ -108,7 +108,7 @@ class ParSuperNet(TransformerXL):
     graph of ``torch.compile`` breaks where it draws; with ``generator = None`` (torch's own of the device) it does not.
 
     Attributes:
-        temperature: of the samples; 1 at first. Not in the state dict: the schedule knows it.
+        temperature: of the samples, a number; 1 at first. Not in the state dict: the schedule knows it.
         choice: the :class:`RelaxedOneHot` of all blocks; ``choice.pi (n_layer, 3)``.
         generator: see above.
 
@@ -123,15 +123,24 @@ class ParSuperNet(TransformerXL):
         super().__init__(config)
         one_hot = config.straight_through or config.hard
         self.choice = RelaxedOneHot(len(CHOICES), (config.n_layer,), straight_through=one_hot)
-        self.temperature = 1.0
+        self._temperature = torch.ones((), dtype=torch.float64)
         self.generator: torch.Generator | None = torch.Generator().manual_seed(config.seed)
+
+    @property
+    def temperature(self) -> float:
+        return float(self._temperature)
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        # A tensor, on the CPU: each new number would be a graph of its own to torch.compile.
+        self._temperature = torch.tensor(float(value), dtype=torch.float64)
 
     def _make_layers(self) -> Iterable[DecoderLayer]:
         return (StochasticBlock(self.config) for _ in range(self.config.n_layer))
 
     def _layer_options(self) -> list[dict[str, Any]]:
         """This pass's sample, drawn before any block runs: a checkpointed block must not draw again."""
-        weights = self.choice(self.temperature, self.generator)
+        weights = self.choice(self._temperature, self.generator)
         one_branch = self.config.hard or not self.training
         choices = weights.argmax(-1).tolist() if one_branch else [None] * len(weights)
         return [{"weights": w, "choice": c} for w, c in zip(weights, choices, strict=True)]

@@ -50,7 +50,7 @@ class LatencyPenalty:
     def share(self, probabilities: Tensor) -> Tensor:
         """The expected latency as a share of the all-attention network's, 0-d."""
         relative = probabilities.new_tensor([t / self.seconds[0] for t in self.seconds])
-        return (probabilities @ relative).mean()
+        return (probabilities * relative).sum(-1).mean()  # not a matrix product, which autocast would round
 
     def __call__(self, probabilities: Tensor) -> Tensor:
         """The penalty, 0-d."""

@@ -164,6 +164,13 @@ class ArchitectureSearch(LanguageModel):
                 self.log_dict(dict(zip(names, row, strict=True)))
         return loss
 
+    def on_validation_start(self) -> None:
+        # Evaluation runs the chosen branches alone: to torch.compile each pattern would be a graph of its own.
+        torch.compiler.set_stance("force_eager")
+
+    def on_validation_end(self) -> None:
+        torch.compiler.set_stance("default")
+
     def _call(self, tokens: Tensor, targets: Tensor, memory: Any) -> ModelOutput:
         if not self.training or (self.held_out is None and self.recipe.architecture_learns(self.global_step)):
             return self.model(tokens, targets, memory)
@@ -250,10 +257,14 @@ SEARCH_RECIPES = {
 def search_par(corpus: Corpus, recipe: SearchRecipe, out: str | Path, **options: Any) -> tuple[ParSuperNet, History]:
     """Seed, build and search; ``options`` are those of :func:`fit`.
 
-    Leaves ``architecture.json``, ``.png`` and ``.gif``, the probabilities over the steps, in ``out`` too.
+    Leaves ``architecture.json``, ``.png`` and ``.gif``, the probabilities over the steps, in ``out`` too. With a mixed
+    precision the choices, their gradients and their samples stay fp32. ``compile`` is for soft samples (not ``hard``);
+    validations are not compiled.
     """
     L.seed_everything(recipe.seed, verbose=False)
     model = ParSuperNet(ParConfig(vocab_size=len(corpus.vocabulary), **{"seed": recipe.seed, **recipe.model}))
+    if model.config.hard and options.get("compile"):
+        raise ValueError("compile must be False with hard samples: each combination of choices is a graph of its own")
     held_out = None
     if recipe.held_out and recipe.two_optimizers:
         cut = int(len(corpus.train) * (1 - recipe.held_out))
