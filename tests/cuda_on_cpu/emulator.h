@@ -14,6 +14,7 @@
 #include <map>
 #include <numeric>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -87,6 +88,7 @@ __attribute__((noinline)) inline void yield() {
 }
 
 [[noreturn]] inline void fail(const std::string& message) {
+    if (!self) throw std::runtime_error(message);  // not in a kernel
     error = message + ", by thread " + std::to_string(self - fibers) + " of block (" + std::to_string(block_index.x) + ", " +
             std::to_string(block_index.y) + ", " + std::to_string(block_index.z) + ")";
     _longjmp(scheduler, 1);
@@ -191,11 +193,12 @@ inline void run_block() {
             for (int w = 0; w * WARP < threads; ++w)
                 if (warps[w].ready) ready.push_back(w);
             if (ready.empty()) {
-                std::map<std::string, int> waiting;
+                std::set<std::string> places;
+                if (arrived) places.insert(barrier.text());
                 for (int i = 0; i < threads; ++i)
-                    if (arrived || warps[i / WARP].waiting >> i % WARP & 1) ++waiting[fibers[i].place.text()];
+                    if (warps[i / WARP].waiting >> i % WARP & 1) places.insert(fibers[i].place.text());
                 error = "threads wait for others that have ended or wait elsewhere, at";
-                for (const auto& [place, n] : waiting) error += " " + place;
+                for (const auto& place : places) error += " " + place;
                 return;
             }
             warp = ready[below(int(ready.size()))];
@@ -222,7 +225,7 @@ struct Launch {
     }
 };
 
-inline bool launch_failed = false;  // what cudaGetLastError reports
+inline bool launch_failed = false;  // since cudaGetLastError last reported it
 
 template <class... Parameters, class... Arguments>
 void operator->*(void (*function)(Parameters...), const Bound<Arguments...>& launch) {
@@ -230,9 +233,11 @@ void operator->*(void (*function)(Parameters...), const Bound<Arguments...>& lau
     const auto found = allowed_shared.find(reinterpret_cast<void*>(function));
     const size_t allowed = found == allowed_shared.end() ? SHARED_BY_DEFAULT : found->second;
     const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z, size = uint64_t(block.x) * block.y * block.z;
-    launch_failed = launch.bytes > allowed || blocks == 0 || grid.x >= 1u << 31 || grid.y > 65535 || grid.z > 65535 ||
-                    size == 0 || size > MOST_THREADS;
-    if (launch_failed) return;
+    if (launch.bytes > allowed || blocks == 0 || grid.x >= 1u << 31 || grid.y > 65535 || grid.z > 65535 || size == 0 ||
+        size > MOST_THREADS) {
+        launch_failed = true;
+        return;
+    }
     shared_bytes = launch.bytes;
     kernel = [&] { std::apply(function, launch.arguments); };
     error.clear();
@@ -247,6 +252,7 @@ void operator->*(void (*function)(Parameters...), const Bound<Arguments...>& lau
             error = "a write past the end of the dynamic shared memory";
         if (!error.empty()) break;
     }
+    self = nullptr;
     if (error.empty()) return;
     for (Fiber& fiber : fibers) fiber.born = false;  // those in the middle of this kernel stay there
     throw std::runtime_error(error);

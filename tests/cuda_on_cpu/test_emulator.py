@@ -40,8 +40,8 @@ MISTAKES = {
     "two barriers": "checks.cu:.* meets checks.cu:",
     "half a warp": "threads wait for others that have ended or wait elsewhere, at checks.cu:",
     "two shuffles": "checks.cu:.* meets checks.cu:",
-    "misaligned": "a null or misaligned address, 0x",
-    "outside an array": "an index outside its array, ",
+    "misaligned": "checks.cu:.*: a null or misaligned address",
+    "outside an array": "checks.cu:.*: an index outside its array",
     "outside the dynamic shared memory": "past the end of the dynamic shared memory",
     "more shared memory than was asked for": "not launched",
 }
