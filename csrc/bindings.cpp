@@ -145,6 +145,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("ar_tar_backward_cuda", [](const ArTar& p, Address grad, Address scale, RowsTuple d_output, RowsTuple d_raw, Address stream) {
         cuda::ar_tar_backward(p, at(grad), at(scale), rows(d_output), rows(d_raw), at(stream));
     }, nogil());
+    m.def("rel_attention_forward_cuda", [](const RelAttention& p, HeadsTuple out, Address lse, Address stream) {
+        cuda::rel_attention_forward(p, heads(out), at<float>(lse), at(stream));
+    }, nogil());
     m.def("adaptive_bucket_counts_cuda", &cuda::adaptive_bucket_counts);
     m.def("adaptive_buckets_cuda", [](const AdaptiveBuckets& p, Address counts, Address stream) {
         cuda::adaptive_buckets(p, at<int64_t>(counts), at(stream));

@@ -151,6 +151,8 @@ namespace par_xl::cuda {
 int64_t ar_tar_parts(const ArTar& p);
 void ar_tar_forward(const ArTar& p, double alpha, double beta, void* partial_sums, void* loss, void* scale, void* stream);
 void ar_tar_backward(const ArTar& p, const void* grad, const void* scale, Rows d_output, Rows d_raw, void* stream);
+// fp16 and bf16, widths up to 128; lse (batch, heads, queries)
+void rel_attention_forward(const RelAttention& p, Heads out, float* lse, void* stream);
 int64_t adaptive_bucket_counts(const AdaptiveBuckets& p);
 void adaptive_buckets(const AdaptiveBuckets& p, int64_t* counts, void* stream);
 // stride: a multiple of 64; a narrower gradient starts where its row of logits does; nll is written, without `tokens`

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from par_xl.ops.philox import draw_seeds
-from par_xl.ops.registry import acc_dtype, choose, first_derivative_only
+from par_xl.ops.registry import acc_dtype, first_derivative_only
 from par_xl.ops.rel_attention import (
     BACKWARD,
     FORWARD,
@@ -29,6 +29,7 @@ from par_xl.ops.rel_attention import (
     _bias,
     _check,
     _check_tensor,
+    choose_kernels,
     dropout_keep,
     masked_scores,
 )
@@ -160,7 +161,7 @@ def compressed_attention(
     old: tuple[Tensor | None, Tensor | None] = memory or (None, None)
     given = q, k, v, r, *biases, *old, *compressed, *own
     seeds = draw_seeds(q.device, 2) if dropout_p > 0 else None
-    chosen = choose(FORWARD, backend, q)
+    chosen = choose_kernels(backend, *given)
     if chosen == "eager":
         return compressed_attention_reference(*given, seeds, scale, float(dropout_p))
     tensors = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in given)

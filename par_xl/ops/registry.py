@@ -47,18 +47,28 @@ class Op:
         self.name = schema.split("(")[0]
         self.implementations: dict[str, Callable] = {}
         self.lacks: dict[str, Callable[[str, torch.dtype], str]] = {}
+        self.by_name: dict[str, tuple[str, ...]] = {}
         LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"par_xl::{self.name}", fake, lib=LIBRARY)
         self.overload = getattr(torch.ops.par_xl, self.name).default
         OPS[self.name] = self
 
-    def implement(self, backend: str, lacks: Callable[[str, torch.dtype], str] = lambda device, dtype: "") -> Callable:
-        """``lacks`` says what the implementation has no kernels for ("" if it has them): a device type and a dtype."""
+    def implement(
+        self,
+        backend: str,
+        lacks: Callable[[str, torch.dtype], str] = lambda device, dtype: "",
+        by_name: tuple[str, ...] = (),
+    ) -> Callable:
+        """``lacks`` says what the implementation has no kernels for ("" if it has them): a device type and a dtype.
+
+        On the device types ``by_name`` it runs only where it is asked for by name: "auto" passes it over.
+        """
 
         def register(function: Callable) -> Callable:
             self.implementations[backend] = function
             self.lacks[backend] = lacks
+            self.by_name[backend] = by_name
             return function
 
         return register
@@ -182,7 +192,8 @@ def _why_not_op(op: Op, backend: str, device: str, dtype: torch.dtype) -> str:
 def _choose(op: str, requested: str, device: str, dtype: torch.dtype) -> str:
     _check_name(requested)
     if requested == "auto":
-        return next(b for b in AUTO.get(device, ("eager",)) if not _why_not_op(OPS[op], b, device, dtype))
+        candidates = (b for b in AUTO.get(device, ("eager",)) if device not in OPS[op].by_name.get(b, ()))
+        return next(b for b in candidates if not _why_not_op(OPS[op], b, device, dtype))
     reason = _why_not_op(OPS[op], requested, device, dtype)
     if reason:
         raise ValueError(f'backend="{requested}" cannot run on {device}: {reason}')

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from par_xl.ops.philox import draw_seeds, philox
-from par_xl.ops.registry import _C, DTYPES, Op, acc_dtype, choose, first_derivative_only, no_cuda
+from par_xl.ops.registry import _C, DTYPES, Op, acc_dtype, choose, first_derivative_only
 
 UNLIMITED = 2**31 - 1  # a window without an end
+WIDEST = 128  # head width of the CUDA kernel
 
 
 def masked_scores(
@@ -131,24 +132,40 @@ def _problem(*inputs: Any) -> Any:
     return _C.RelAttention(tensors, addresses, sizes, *options, DTYPES[q.dtype])
 
 
+def _half_on_a_gpu(device: str, dtype: torch.dtype) -> str:
+    half = dtype in (torch.float16, torch.bfloat16)
+    return "" if device == "cpu" or half else f"rel_attention's CUDA kernel takes fp16 and bf16, not {dtype}"
+
+
+def _no_backward_on_a_gpu(device: str, dtype: torch.dtype) -> str:
+    missing = 'rel_attention has no CUDA backward; backend="triton" has one, and torch.no_grad() needs none'
+    return "" if device == "cpu" else missing
+
+
 def _no_fp64_on_a_gpu(device: str, dtype: torch.dtype) -> str:
     return "Triton has no fp64 products" if device == "cuda" and dtype == torch.float64 else ""
 
 
-@FORWARD.implement("native", lacks=no_cuda("rel_attention"))
+@FORWARD.implement("native", lacks=_half_on_a_gpu, by_name=("cuda",))
 def _forward_native(*inputs):
     q, k, key_lengths = inputs[0], inputs[1], inputs[8]
     _check_length_values(key_lengths, k.shape[2])
     problem = _problem(*inputs)
     out, lse = _fake_forward(q)
+    if q.is_cuda:
+        stream = torch.cuda.current_stream().cuda_stream
+        _C.rel_attention_forward_cuda(problem, _heads(out), lse.data_ptr(), stream)
+        return out, lse
     threads, size, _ = _C.rel_attention_cut_cpu(problem, False)
     workspace = lse.new_empty(threads, size)
     _C.rel_attention_forward_cpu(problem, threads, workspace.data_ptr(), _heads(out), lse.data_ptr())
     return out, lse
 
 
-@BACKWARD.implement("native", lacks=no_cuda("rel_attention"))
+@BACKWARD.implement("native", lacks=_no_backward_on_a_gpu)
 def _backward_native(grad, *inputs):
+    if grad.is_cuda:  # a call of RelAttention or of the registered op itself
+        raise RuntimeError(_no_backward_on_a_gpu("cuda", grad.dtype))
     tensors, (out, lse, part), options = inputs[:10], inputs[10:13], inputs[13:]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     problem = _problem(*tensors, *options)
@@ -269,6 +286,19 @@ def _check_length_values(key_lengths: Tensor | None, n_keys: int) -> None:
                 raise ValueError(f"key_lengths must lie between 0 and {n_keys}, the keys of the segment, not {n}")
 
 
+def choose_kernels(backend: str | None, q: Tensor, *others: Tensor | None) -> str:
+    """The backend for these inputs; an error where the one asked for by name lacks what they need."""
+    chosen = choose(FORWARD, backend, q)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others)):
+        choose(BACKWARD, chosen, q)
+    if chosen == "native" and q.is_cuda and q.shape[3] > WIDEST:
+        raise ValueError(
+            f'backend="native" cannot run on cuda: the kernel of rel_attention takes widths up to {WIDEST}, not'
+            f' {q.shape[3]}; backend="triton" takes any'
+        )
+    return chosen
+
+
 def _limits(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     """The largest and the smallest distance that see each other, as (left, right): -right <= d <= left."""
     left, right = (UNLIMITED if limit is None else limit for limit in window or (None, None))
@@ -329,15 +359,17 @@ def rel_attention(
         scale: factor of the scores; default: ``D ** -0.5``.
         dropout_p: probability of dropping an attention weight, in ``[0, 1)``; the weights that stay are divided by
             ``1 - dropout_p``. The mask follows torch's generator of q's device and is the same on every backend.
-        backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose.
+        backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose. On a GPU
+            "native" is a forward alone, for fp16 and bf16 and D up to 128, and not in "auto": no GPU has run it yet.
 
     Returns:
         ``(B, H, Q, D)`` in q's dtype. A query that sees no key gives 0 and no gradient. Same input, same bits. A second
         derivative exists on the eager backend alone.
 
     Raises:
-        ValueError: a wrong rank, shape, device, window, scale, length, probability or backend. On a GPU a length
-            outside 0..T gives NaN for its sequence instead.
+        ValueError: a wrong rank, shape, device, window, scale, length, probability or backend, or one that has no
+            kernels for the call (a call that needs a gradient, on "native" and a GPU). On a GPU a length outside 0..T
+            gives NaN for its sequence instead.
         TypeError: a dtype that is not floating point, or two different ones.
 
     Source: arXiv 1901.02860 (github.com/kimiyoung/transformer-xl, RelPartialLearnableMultiHeadAttn), arXiv 2005.08100.
@@ -360,8 +392,8 @@ def rel_attention(
         key_lengths = key_lengths.long().contiguous()
     seed = draw_seeds(q.device) if dropout_p > 0 else None
     options = left, right, scale, float(dropout_p)
-    chosen = choose(FORWARD, backend, q)
     given = q, k, v, r, content_bias, position_bias, k_memory, v_memory
+    chosen = choose_kernels(backend, *given)
     if chosen == "eager":
         _check_length_values(key_lengths, k.shape[2])
         return rel_attention_reference(*given, key_lengths, seed, *options)
