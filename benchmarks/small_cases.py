@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -11,15 +12,21 @@ from par_xl.testing import OpChecks, run
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
+
+def forward(function, inputs):
+    with torch.no_grad():
+        function(**inputs)
+
+
 for path in sorted(TESTS.glob("test_*.py")):
     module = importlib.import_module(path.stem)
     for checks in vars(module).values():
         if isinstance(checks, type) and issubclass(checks, OpChecks) and checks.__module__ == path.stem:
-            for backend in ("native", "triton"):
+            for backend, step in product(("native", "triton"), (run, forward)):
                 try:
-                    run(checks().on(backend), checks().first_case(torch.float16, "cuda"))
-                except ValueError as lacking:  # an op without kernels for this backend
-                    print(checks.__name__, backend, lacking)
+                    step(checks().on(backend), checks().first_case(torch.float16, "cuda"))
+                except ValueError as lacking:  # an op without kernels for this backend, or without a backward
+                    print(checks.__name__, backend, step.__name__, lacking)
                     continue
                 torch.cuda.synchronize()
-                print(checks.__name__, backend)
+                print(checks.__name__, backend, step.__name__)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -83,21 +84,31 @@ def resources(usage: str) -> tuple[int, int, int]:
     return number["REG"], number["STACK"] + number["LOCAL"], number["SHARED"]
 
 
+def has_cuda_kernels() -> bool:
+    return registry._C is not None and registry._C.has_cuda
+
+
 def cuda_kernels(name: str = "") -> list[Compiled]:
     """The extension's CUDA kernels with ``name`` in their mangled names, for each architecture; [] if it has none."""
-    if registry._C is None or not registry._C.has_cuda:
+    if not has_cuda_kernels():
         return []
     found = []
     for capability in map(int, re.findall(r"sm_(\d+)", registry._C.cuda_info)):
-        arch = ("-arch", f"sm_{capability}", registry._C.__file__)
-        code = re.split(r"\n\s*Function : ", cuobjdump("--dump-sass", *arch))[1:]
-        sass = dict((part.split("\n", 1)[0].strip(), part) for part in code)
-        usage = re.split(r"\n\s*Function ", cuobjdump("--dump-resource-usage", *arch))[1:]
+        usage, sass = _extension_code(capability)
         for part in usage:
             kernel = part.split(":", 1)[0].strip()
             if name in kernel:
                 found.append(Compiled(kernel, capability, *resources(part), sass[kernel]))
     return found
+
+
+@cache
+def _extension_code(capability: int) -> tuple[list[str], dict[str, str]]:
+    """The resources of each kernel, and the machine code by kernel: seconds for all of them."""
+    arch = ("-arch", f"sm_{capability}", registry._C.__file__)
+    code = re.split(r"\n\s*Function : ", cuobjdump("--dump-sass", *arch))[1:]
+    usage = re.split(r"\n\s*Function ", cuobjdump("--dump-resource-usage", *arch))[1:]
+    return usage, {part.split("\n", 1)[0].strip(): part for part in code}
 
 
 def cuobjdump(*arguments: str) -> str:

@@ -34,7 +34,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         device = parameters.get("device", "cuda" if item.get_closest_marker("gpu") else "cpu")
-        reason = registry._why_not(parameters.get("backend", "eager"), device)
+        backend, dtype = parameters.get("backend", "eager"), parameters.get("dtype", torch.float32)
+        lacks = [registry.OPS[name].lacks.get(backend) for name in getattr(item.cls, "ops", ())]
+        reasons = [registry._why_not(backend, device), *(lack(device, dtype) for lack in lacks if lack)]
+        reason = next(filter(None, reasons), "")
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
 

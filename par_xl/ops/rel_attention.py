@@ -138,8 +138,7 @@ def _half_on_a_gpu(device: str, dtype: torch.dtype) -> str:
 
 
 def _no_backward_on_a_gpu(device: str, dtype: torch.dtype) -> str:
-    missing = 'rel_attention has no CUDA backward; backend="triton" has one, and torch.no_grad() needs none'
-    return "" if device == "cpu" else missing
+    return "" if device == "cpu" else 'rel_attention has no CUDA backward, but "triton" has; torch.no_grad() needs none'
 
 
 def _no_fp64_on_a_gpu(device: str, dtype: torch.dtype) -> str:
@@ -292,10 +291,7 @@ def choose_kernels(backend: str | None, q: Tensor, *others: Tensor | None) -> st
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others)):
         choose(BACKWARD, chosen, q)
     if chosen == "native" and q.is_cuda and q.shape[3] > WIDEST:
-        raise ValueError(
-            f'backend="native" cannot run on cuda: the kernel of rel_attention takes widths up to {WIDEST}, not'
-            f' {q.shape[3]}; backend="triton" takes any'
-        )
+        raise ValueError(f'backend="native" takes widths up to {WIDEST} on cuda, not {q.shape[3]}; "triton" takes any')
     return chosen
 
 
