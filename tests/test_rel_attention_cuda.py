@@ -29,6 +29,7 @@ class ForwardChecks:
         "long-window": attention(1, 1, 150, 150, 100, 96, window=(70, 0)),
         "two-sided-window": attention(1, 1, 140, 140, 90, 48, causal=False, window=(75, 66)),
         "width-104": attention(1, 1, 70, 70, 40, 104, key_lengths=lengths(50)),
+        "a-warp's-last-key-alone-in-a-tile": attention(2, 4, 64, 64, 1, 64),
         "width-7": attention(2, 1, 70, 70, 33, 7),
     }
 
@@ -96,7 +97,8 @@ class ForwardChecks:
 
     @pytest.mark.parametrize("name", ["around-the-ring", "width-104", "width-41"])
     def test_strides(self, name, dtype, backend, device):
-        """Element by element where rows are not 16-byte aligned; [len, batch, head, width] as it lies; copies."""
+        """Element by element where rows are not 16-byte aligned; [len, batch, head, width] as it lies; parts of wider
+        rows; copies."""
         inputs = make_inputs(self.cases[name], dtype, device)
         wanted = self.forward(inputs, backend)
         tensors = ("q", "k", "v", "r", "memory")
@@ -107,7 +109,10 @@ class ForwardChecks:
         def length_first(x):
             return x.transpose(0, -2).contiguous().transpose(0, -2)
 
-        for change in (shifted, length_first, restrided):
+        def wider(x):
+            return torch.full((*x.shape[:-1], 112), torch.nan, dtype=dtype, device=device)[..., : x.shape[-1]].copy_(x)
+
+        for change in (shifted, length_first, wider, restrided):
             on_each = lambda x, change=change: tuple(map(change, x)) if isinstance(x, tuple) else change(x)  # noqa: E731
             changed = {n: on_each(x) if n in tensors else x for n, x in inputs.items()}
             assert torch.equal(self.forward(changed, backend), wanted)

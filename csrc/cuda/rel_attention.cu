@@ -196,20 +196,17 @@ __global__ void __launch_bounds__(THREADS, 2) attend(RelAttention p, Heads out, 
 
     const Sight sight(p, b);
     const Reach block(sight, m0, min(m0 + BLOCK_ROWS, queries)), own(sight, i0, min(i0 + ROWS, queries));
-    const HeadRows<T> k(p.k, b, h), v(p.v, b, h), r(p.r, 0, h), k_memory(p.k_memory, b, h), v_memory(p.v_memory, b, h);
+    const HeadRows<T> r(p.r, 0, h), k_memory(p.k_memory, b, h), v_memory(p.v_memory, b, h);
+    const HeadRows<T> k(p.k, b, h, -p.memory), v(p.v, b, h, -p.memory);  // counted from the memory's first key
     const int first_position = block.begin - m0 + queries - BLOCK_ROWS;
     auto copy_positions = [&](auto count, int first) {  // rows first .. of those that the block needs
-        const int p0 = first_position + first;
-        copy_rows<THREADS, decltype(count)::value, T>(shared.r, first % RING, [&](int row) { return r.at(p0 + row); },
-                                                      -p0, positions - p0, width, whole);
+        const int position = first_position + first;    // before the first one of r: no pair uses what is there
+        copy_rows<THREADS, decltype(count)::value, T>(
+            shared.r, first % RING, [&](int row) { return r.at(max(position + row, 0)); }, positions - position, width, whole);
     };
     auto copy_keys = [&](Tile<WIDTH, KEYS>& tile, const HeadRows<T>& memory, const HeadRows<T>& segment, int j0) {
-        auto source = [&](int row) {
-            const int j = j0 + row;
-            const bool old = j < n_memory;
-            return (old ? memory.data : segment.data) + (old ? j : j - n_memory) * (old ? memory.stride : segment.stride);
-        };
-        copy_rows<THREADS, KEYS, T>(tile, 0, source, 0, block.stop - j0, width, whole);
+        auto source = [&](int row) { return (j0 + row < n_memory ? memory : segment).at(j0 + row); };
+        copy_rows<THREADS, KEYS, T>(tile, 0, source, block.stop - j0, width, whole);
     };
     auto copy_tile = [&](int tile) {
         const int j0 = block.begin + tile * KEYS;
@@ -295,6 +292,8 @@ void rel_attention_forward(const RelAttention& given, Heads out, float* lse, voi
     if (p.batch * p.heads * p.queries == 0) return;
     if (p.width > 128 || (p.dtype != DType::f16 && p.dtype != DType::bf16))
         throw std::invalid_argument("the CUDA kernel of rel_attention takes fp16 and bf16, and widths up to 128");
+    for (const Heads& x : {p.q, p.k, p.v, p.r, p.k_memory, p.v_memory, out})
+        if (x.time_stride > UINT32_MAX) throw std::invalid_argument("the CUDA kernel of rel_attention takes strides of 32 bits between steps");
     p.left = p.left < p.keys + p.memory ? p.left : p.keys + p.memory;
     p.right = p.right < p.queries ? p.right : p.queries - 1;
     int device, available;
