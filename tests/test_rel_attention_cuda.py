@@ -74,6 +74,14 @@ class ForwardChecks:
         # The queries' sums with the biases are rounded to dtype: an error of eps of every product in a score.
         torch.testing.assert_close(lse.double(), wanted, rtol=0, atol=16 * torch.finfo(dtype).eps)
 
+    def check_lengths(self, values, dtype, backend, device):
+        """NaN for a sequence whose length is not possible, and for no other."""
+        inputs = make_inputs(self.cases["memory"], dtype, device)
+        inputs["key_lengths"] = torch.tensor(values, device=device)
+        bad = (inputs["key_lengths"] < 0) | (inputs["key_lengths"] > 65)
+        nan = self.forward(inputs, backend).isnan()
+        assert torch.equal(nan.all(3).all(2).all(1), bad) and torch.equal(nan.any(3).any(2).any(1), bad)
+
     @pytest.mark.parametrize("width", [16, 41])
     def test_padding_and_unused_positions_do_not_leak(self, width, dtype, backend, device):
         case = attention(2, 2, 30, 30, 40, width, spare=9, window=(20, 0), key_lengths=lengths(30, 11))
@@ -153,10 +161,7 @@ class ForwardChecks:
 class TestOnGPU(ForwardChecks):
     @pytest.mark.parametrize("values", [[1, 66], [-1, 3]])
     def test_lengths_outside_the_segment(self, values, dtype, backend, device):
-        inputs = make_inputs(self.cases["memory"], dtype, device)
-        inputs["key_lengths"] = torch.tensor(values, device=device)
-        bad = (inputs["key_lengths"] < 0) | (inputs["key_lengths"] > 65)
-        assert torch.equal(self.forward(inputs, backend).isnan().all(3).all(2).all(1), bad)
+        self.check_lengths(values, dtype, backend, device)
 
     def test_a_gradient_is_refused_at_the_call(self, dtype, backend, device):
         inputs = make_inputs(self.cases["memory"], dtype, device)
@@ -196,7 +201,7 @@ class TestWhatIsMissing:
 
     def test_a_width(self):
         assert choose_kernels("native", self.on_gpu(width=128)) == "native"
-        with pytest.raises(ValueError, match="takes widths up to 128, not 136"):
+        with pytest.raises(ValueError, match="takes widths up to 128 on cuda, not 136"):
             choose_kernels("native", self.on_gpu(width=136))
 
     def test_auto_passes_it_over(self, monkeypatch):

@@ -10,3 +10,5 @@ struct __nv_bfloat16 {
     }
     operator float() const { return __uint_as_float(unsigned(bits) << 16); }
 };
+struct __nv_bfloat162 { __nv_bfloat16 x, y; };
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }

@@ -87,6 +87,8 @@ T __shfl_xor_sync(unsigned mask, T x, int with, int width = 32, EMULATOR_PLACE) 
     return shuffle(mask, x, width, {file, line}, [=](int lane, int) { return lane ^ with; });
 }
 
+using std::max;
+using std::min;
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 template <class To, class From>
@@ -106,7 +108,7 @@ void __stwb(T* to, T x) { *to = x; }
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMaxSharedMemoryPerMultiprocessor };
 
 inline cudaError_t cudaGetLastError() { return std::exchange(emulator::launch_failed, false) ? cudaErrorInvalidConfiguration : cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid launch configuration" : "no error"; }

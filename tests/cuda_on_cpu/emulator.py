@@ -43,7 +43,8 @@ def translated(source: str) -> str:
 def copy_sources(folder: Path) -> list[Path]:
     """Only what has changed is written, so that only that is compiled again. A header of this folder takes the place
     of one in csrc/cuda."""
-    sources = [CSRC / "ops.h", CSRC / "bindings.cpp", *CSRC.glob("cuda/*"), *HERE.glob("*.h"), *HERE.glob("*.c*")]
+    patterns = (CSRC, "*.h"), (CSRC, "bindings.cpp"), (CSRC, "cuda/*"), (HERE, "*.h"), (HERE, "*.c*")
+    sources = [path for where, pattern in patterns for path in where.glob(pattern)]
     copies = {folder / source.name: translated(source.read_text()) for source in sources}
     for copy, text in copies.items():
         if not copy.exists() or copy.read_text() != text:

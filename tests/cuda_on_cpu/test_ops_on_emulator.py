@@ -4,20 +4,23 @@ Every launch draws a new order of blocks and threads, in the inherited checks to
 """
 
 import itertools
+import sys
 
 import pytest
 import test_adaptive_softmax
 import test_ar_tar
 import test_compression
 import torch
+from test_rel_attention_cuda import ForwardChecks
 from torch.utils._pytree import tree_map_only
 
 import par_xl
 from par_xl.ops.adaptive_softmax import _loss
 from par_xl.ops.adaptive_softmax_cuda import rows_in_place, sort
 from par_xl.ops.adaptive_tables import Options, head_column
+from par_xl.ops.compressed_attention import compressed_attention
 from par_xl.ops.registry import acc_dtype
-from par_xl.testing import OpChecks, make_inputs, replaced_allocations, run
+from par_xl.testing import OpChecks, largest_error, make_inputs, replaced_allocations, run
 
 adaptive = test_adaptive_softmax.TestAdaptiveNLL
 GUARD = 1 << 14  # bytes
@@ -50,6 +53,7 @@ class OnEmulator:
     """Runs the ``native`` tests of a class of checks on the emulator."""
 
     backends, devices = ("native",), ("cpu",)
+    order_dtypes, guard_dtypes = (torch.float32, torch.float16), (torch.float16, torch.float64)
 
     @pytest.fixture(autouse=True)
     def _on_emulator(self, emulator):
@@ -59,7 +63,7 @@ class OnEmulator:
             yield
 
     def test_order_of_blocks_and_threads(self, case, backend):
-        for dtype in (torch.float32, torch.float16):
+        for dtype in self.order_dtypes:
             inputs = make_inputs(case, dtype, "cpu")
             results = []
             for seed in range(3):
@@ -70,7 +74,7 @@ class OnEmulator:
 
     def test_nothing_outside_is_touched(self, case, backend):
         """With tensors at 16-byte boundaries, and with inputs that are not."""
-        for dtype, shift in itertools.product((torch.float16, torch.float64), (0, 1)):
+        for dtype, shift in itertools.product(self.guard_dtypes, (0, 1)):
             inputs = make_inputs(case, dtype, "cpu")
             wanted = run(self.on(backend), inputs)
             guards, made = Guards(), {}
@@ -97,6 +101,31 @@ class TestCompress(OnEmulator, test_compression.TestCompress):
 
 class TestUpdateMemory(OnEmulator, test_compression.TestUpdateMemory):
     pass
+
+
+class TestRelAttention(OnEmulator, ForwardChecks):
+    """The forward alone; the gradients that the emulator's own checks take are the C++ kernel's."""
+
+    call = staticmethod(par_xl.rel_attention)
+    on, _equal = OpChecks.on, OpChecks._equal
+    order_dtypes = guard_dtypes = (torch.float16,)
+
+    @pytest.mark.parametrize("values", [[1, 66], [-1, 3], [2**40, 65], [-(2**40), 0]])
+    def test_lengths_outside_the_segment(self, values, dtype, backend, monkeypatch):
+        op = sys.modules["par_xl.ops.rel_attention"]  # par_xl.ops.rel_attention is the function
+        monkeypatch.setattr(op, "_check_length_values", lambda *_: None)
+        self.check_lengths(values, dtype, backend, "cpu")
+
+    def test_compressed_attention(self, dtype, backend):
+        """Two calls, joined by their log-sum-exps."""
+        tokens, old, memory = ([torch.randn(2, 2, n, 24, dtype=dtype) for _ in range(3)] for n in (40, 70, 30))
+        r, old_r = (torch.randn(2, n, 24, dtype=dtype) for n in (70, 109))
+        inputs = dict(zip("qkv", tokens, strict=True)) | dict(r=r, compressed_r=old_r)
+        inputs |= dict(compressed=old[:2], memory=memory[:2])
+        wide = tree_map_only(torch.Tensor, torch.Tensor.double, inputs)
+        exact = compressed_attention(**wide, backend="eager")
+        got, eager = (largest_error(compressed_attention(**inputs, backend=b), exact) for b in (backend, "eager"))
+        assert got <= 2 * eager + torch.finfo(dtype).eps * exact.abs().max().item()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's part runs in the interpreter, on the CPU")
