@@ -19,22 +19,24 @@ struct Tile {
     }
 };
 
-// A head's rows in global memory. The launcher has seen to it that 32 bits hold the stride, which saves four instructions of
-// each row's address.
+// A head's rows in global memory, `first` of which are passed over. The launcher has seen to it that 32 bits hold the
+// stride, which saves four instructions of each row's address.
 template <class T>
 struct HeadRows {
     T* data;
     uint32_t stride;
     __device__ __forceinline__ HeadRows(const Heads& x, int64_t b, int64_t h, int64_t first = 0)
-        : data(static_cast<T*>(x.data) + b * x.batch_stride + h * x.head_stride + first * x.time_stride), stride(uint32_t(x.time_stride)) {}
+        : data(static_cast<T*>(x.data) + b * x.batch_stride + h * x.head_stride + first * x.time_stride),
+          stride(uint32_t(x.time_stride)) {}
     __device__ __forceinline__ T* at(int row) const { return data + uint64_t(uint32_t(row)) * stride; }
 };
 
-// Starts to copy row i from source(i), or zeros where i >= end, to rows first + i of the tile, for i < COUNT, by all THREADS
-// of the block. Without `whole` chunks (every row 16-byte aligned) elements are read one by one, and no copy is under way
-// afterwards.
+// Starts to copy row i from source(i), or zeros where i >= end, to rows first + i of the tile, for i < COUNT, by all
+// THREADS of the block. Without `whole` chunks (every row 16-byte aligned) elements are read one by one, and no copy is
+// under way afterwards.
 template <int THREADS, int COUNT, class T, int WIDTH, int ROWS, class Source>
-__device__ __forceinline__ void copy_rows(Tile<WIDTH, ROWS>& tile, int first, Source&& source, int end, int width, bool whole) {
+__device__ __forceinline__ void copy_rows(Tile<WIDTH, ROWS>& tile, int first, Source&& source, int end, int width,
+                                          bool whole) {
     constexpr int CHUNKS = WIDTH / 8;
     if (whole) {
 #pragma unroll
@@ -92,7 +94,8 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[4], float (&d)[4]
 
 // c (16 x WIDTH) += a (16 x 16) times rows first .. first + 15 of a tile.
 template <class T, int WIDTH, int ROWS>
-__device__ __forceinline__ void multiply_rows(float (&c)[WIDTH / 8][4], const uint32_t (&a)[4], Tile<WIDTH, ROWS>& tile, int first) {
+__device__ __forceinline__ void multiply_rows(float (&c)[WIDTH / 8][4], const uint32_t (&a)[4], Tile<WIDTH, ROWS>& tile,
+                                              int first) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < WIDTH / 16; ++n) {
