@@ -1,6 +1,7 @@
 """par_xl.models.AWDLSTM against the upstream forward recomputed step by step, and the state it carries."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -109,10 +110,21 @@ def test_from_salesforce_takes_the_criterions_tails(batch):
     torch.testing.assert_close(model.log_prob(output.hidden), log_prob)
 
 
+@pytest.mark.parametrize(("n_words", "splits"), [(75_001, (2800, 20000, 76000)), (500_001, (4200, 35000, 180000))])
+def test_large_vocabularies_are_split_as_upstream(n_words, splits):
+    state = {"encoder.weight": torch.empty(n_words, 0)}
+    with pytest.raises(ValueError, match=re.escape(f"criterion must be given: the softmax is split at {splits}")):
+        AWDLSTM.from_salesforce(state, {})
+    with pytest.raises(RuntimeError, match="Missing"):  # not split: it goes on, to weights that are not there
+        AWDLSTM.from_salesforce({"encoder.weight": torch.empty(75_000, 1)}, {"emsize": 1, "nhid": 1})
+
+
 def test_generates_what_it_finds_most_probable(batch):
     model = make(cutoffs=(7, 12))
     model(*batch).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0.0, 2.0)  # so that what is most probable depends on all that was read
     text = model.generate(batch[0], 5, temperature=0)
     assert torch.equal(text[:, :T], batch[0]) and text.shape == (B, T + 5) and model.training
     output = model.eval()(text)
@@ -121,6 +133,7 @@ def test_generates_what_it_finds_most_probable(batch):
     assert torch.equal(rest[:, :5], text[:, T:]) and torch.equal(
         rest[:, 5:], model.generate(text, 3, temperature=0)[:, -3:]
     )
+    assert not torch.equal(rest, model.generate(text[:, T:], 3, temperature=0))
 
 
 def test_loaders_refuse_what_is_not_an_awd_lstm(batch):
@@ -195,6 +208,12 @@ def test_memory_of_another_batch_size_is_refused(batch):
     model = make()
     with pytest.raises(ValueError, match="batch of 4.*batch of 3"):
         model(*batch, model.init_memory(4))
+
+
+def test_weights_begin_within_a_tenth():
+    for model in (make(), make(tie_weights=False)):
+        for weight in (model.encoder.weight, model.decoder.weight):
+            assert 0.08 < weight.abs().max() <= 0.1
 
 
 def test_tied_weights_are_one_parameter(batch):

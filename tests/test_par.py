@@ -256,6 +256,7 @@ def test_gradient_of_a_hard_sample(text):
         model.generator.manual_seed(seed)
         weights = model.choice(model.temperature, torch.Generator().manual_seed(seed))[0]
         choice = int(weights.argmax())
+        assert sorted(weights.tolist()) == [0, 0, 1]
         seen.add(choice)
         x = model.word_emb(text[:, :T]).detach()
         _, relative = model.positions(2 * T, x.dtype)[0]

@@ -113,7 +113,7 @@ def test_only_the_generator_decides():
     torch.manual_seed(1)
     free = module(1.0)
     torch.manual_seed(1)
-    assert torch.equal(module(1.0), free)
+    assert torch.equal(module(1.0), free) and torch.equal(module(1.0, seeded(1)), free)
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, math.nan, 1e-46, torch.tensor(0.0)])

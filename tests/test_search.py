@@ -137,6 +137,8 @@ def test_the_architecture_learns_when_it_should(corpus, tmp_path):
     seen = probabilities_by_step(tmp_path / "two")
     changed = [step for step in range(1, 31) if seen[step] != seen[step - 1]]
     assert changed == [13, 18, 23, 28]
+    every = small(freeze=2, architecture_share=1.0)
+    assert [step for step in range(6) if every.architecture_learns(step)] == [2, 3, 4, 5]
     recipe = small(two_optimizers=False, freeze=8, max_steps=5)
     search_par(corpus, recipe, tmp_path / "one", devices=1)
     seen = probabilities_by_step(tmp_path / "one")

@@ -268,6 +268,7 @@ def test_sampling(text):
         return model.generate(text[:, :2], 12, generator=torch.Generator().manual_seed(3), **options)
 
     assert torch.equal(draw(), draw()) and not torch.equal(draw(), draw(temperature=3.0))
+    assert torch.equal(draw(temperature=1e-6), model.generate(text[:, :2], 12, temperature=0))
     assert torch.equal(draw(top_k=1), model.generate(text[:, :2], 12, temperature=0))
     best = model.log_prob(model(text[:, :2]).hidden)[:, -1].topk(3).indices
     firsts = torch.cat([model.generate(text[:, :2], 1, top_k=3)[:, 2:] for _ in range(40)], 1)
