@@ -52,6 +52,10 @@ def small(**options):
     return override(SEARCH_RECIPES["human-numbers"], {**SMALL, **options})
 
 
+def network(corpus):
+    return ParSuperNet(ParConfig(len(corpus.vocabulary), n_layer=2, n_head=2, d_model=8, d_inner=8, mem_len=8))
+
+
 @pytest.fixture
 def no_pictures(monkeypatch):
     """They take longer than these searches."""
@@ -155,18 +159,64 @@ class Gradients(L.Callback):
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_each_batch_teaches_whom_it_should(corpus, held_out):
-    """With held-out tokens the weights' batch gives the architecture no gradient, and theirs the weights none."""
-    model = ParSuperNet(ParConfig(len(corpus.vocabulary), n_layer=2, n_head=2, d_model=8, d_inner=8, mem_len=8))
+def test_gradients_come_when_they_should(corpus, held_out):
+    model = network(corpus)
     recipe = small(freeze=2, architecture_share=0.5, schedule="constant", dropout=0.0)
     module = ArchitectureSearch(model, recipe, corpus.valid if held_out else None)
     gradients = Gradients()
     trainer(gradients, max_steps=6).fit(module, LanguageModelData(corpus, 4, 12))
     assert gradients.steps == [[step in (3, 5), True] for step in range(6)]
-    if held_out:
-        model.zero_grad()
-        module._call(*next(iter(LanguageModelData(corpus, 4, 12).streams(corpus.train))), None).loss.backward()
-        assert model.choice.pi.grad is None
+
+
+class Norms(L.Callback):
+    """The gradients of the weights and of the architecture, and their norms, as the optimiser got them."""
+
+    def __init__(self):
+        self.gradients, self.norms = [], []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        parts = module.model.weight_parameters(), module.model.architecture_parameters()
+        self.gradients.append([torch.cat([p.grad.flatten() for p in part]) for part in parts])
+        self.norms.append([float(g.norm()) for g in self.gradients[-1]])
+
+
+def test_each_batch_teaches_whom_it_should(corpus):
+    """The held-out tokens give the weights no gradient, and the weights' batch gives the architecture none."""
+    other = Corpus(corpus.vocabulary, corpus.train.flip(0), corpus.valid.flip(0))
+
+    def gradients(train, held_out):
+        torch.manual_seed(0)
+        model = network(corpus)
+        seen, recipe = Norms(), small(freeze=0, architecture_share=1.0, dropout=0.0)
+        trainer(seen, max_steps=1).fit(
+            ArchitectureSearch(model, recipe, held_out.valid), LanguageModelData(train, 4, 12)
+        )
+        return seen.gradients[0]
+
+    weights, architecture = gradients(corpus, corpus)
+    for train, held_out in ((other, corpus), (corpus, other)):
+        same_weights, same_architecture = map(torch.equal, gradients(train, held_out), (weights, architecture))
+        assert (same_weights, same_architecture) == (train is corpus, held_out is corpus)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_gradients_are_clipped_apart(corpus, tmp_path, monkeypatch):
+    fit, norms = search_module.fit, Norms()
+    monkeypatch.setattr(
+        search_module, "fit", lambda *args, callbacks, **options: fit(*args, callbacks=[*callbacks, norms], **options)
+    )
+    search_par(corpus, small(max_steps=3, freeze=0, architecture_share=1.0, clip=1e-5), tmp_path, devices=1)
+    assert norms.norms == [pytest.approx([1e-5, 1e-5], rel=1e-2)] * 3
+
+
+def test_the_architecture_has_an_optimiser_of_its_own(corpus):
+    model = network(corpus)
+    options = dict(architecture_lr=0.3, architecture_decay=0.2, lr=0.1, weight_decay=0.01, schedule="constant")
+    for two, expected in ((True, [(0.1, 0.01), (0.3, 0.2)]), (False, [(0.1, 0.01)])):
+        optimizer = ArchitectureSearch(model, small(two_optimizers=two, **options)).configure_optimizers()
+        assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == expected
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+        assert not two or optimizer.param_groups[1]["params"] == [model.choice.pi]
 
 
 class Seen(L.Callback):
@@ -186,7 +236,7 @@ class Seen(L.Callback):
 
 
 def test_mixed_precision_leaves_the_choices_in_fp32(corpus):
-    model = ParSuperNet(ParConfig(len(corpus.vocabulary), n_layer=2, n_head=2, d_model=8, d_inner=8, mem_len=8))
+    model = network(corpus)
     torch.nn.init.normal_(model.choice.pi)
     module, seen = ArchitectureSearch(model, small(freeze=0, architecture_share=1.0)), Seen()
     trainer(seen, max_steps=3, precision="bf16-mixed", log_every_n_steps=1).fit(
