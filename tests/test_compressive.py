@@ -299,11 +299,12 @@ def test_compiled_while_the_memory_grows(own):
     assert len(lengths) == 8 and len(graphs) <= 5
 
 
-def test_temporal_range():
+@pytest.mark.parametrize("layers", [(), (0,), (1,)])
+def test_temporal_range(layers):
     """``l (nm + c ncm)``: a token at that distance changes the output, one beyond it does not."""
     torch.manual_seed(3)
-    model = new_model("mean", n_layer=2, mem_len=4, compressed_len=2).double().eval()
-    assert model.config.temporal_range == 2 * (4 + 2 * 2)
+    model = new_model("mean", n_layer=2, mem_len=4, compressed_len=2, memory_layers=layers).double().eval()
+    assert model.config.temporal_range == (1 if layers else 2) * (4 + 2 * 2)
     text = torch.randint(16, (1, 40))
 
     def last(text):

@@ -258,8 +258,8 @@ def test_bptt_trains_the_compressor_through_the_task():
     for bptt in (False, True):
         memory = new_memory("conv", bptt=bptt)
         for _ in range(4):
-            memory.update(torch.randn(3, 4, 6))
-        assert memory.rows.requires_grad == bptt
+            evicted = memory.update(torch.randn(3, 4, 6))
+        assert memory.rows.requires_grad == bptt and not evicted.rows.requires_grad
         if bptt:
             assert gradients(memory.rows[:, : memory.compressed].sum(), *memory.compressor.weights) == [True]
             assert gradients(memory.rows[:, memory.compressed :].sum(), *memory.compressor.weights) == [False]

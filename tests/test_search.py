@@ -268,9 +268,10 @@ def test_a_compiled_search_is_the_search(corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_temperature_falls_to_its_end_and_all_is_logged(corpus, tmp_path):
+def test_temperature_falls_to_its_end_and_all_is_logged(corpus, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.setattr(architecture_history, "SNAPSHOTS", 6)
     recipe = small(max_steps=40, temperature_start=2.0, temperature_end=0.2)
     model, history = search_par(corpus, recipe, tmp_path, devices=1)
     assert model.temperature == pytest.approx(0.2)
@@ -282,6 +283,7 @@ def test_temperature_falls_to_its_end_and_all_is_logged(corpus, tmp_path):
     names += ["train_loss", "val_perplexity", "lr-AdamW/weights", "lr-AdamW/architecture"]
     assert set(names) <= set(logged)
     assert [v["step"] for v in history.valid] == [10, 20, 30, 40]
+    assert list(probabilities_by_step(tmp_path)) == [0, 6, 12, 18, 24, 30, 36, 40]
 
 
 def test_stops_when_the_architecture_is_stable():

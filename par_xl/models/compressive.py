@@ -234,7 +234,7 @@ class CompressiveTransformer(TransformerXL):
         norm = attention.layer_norm
         if attention.pre_lnorm:
             options = norm.normalized_shape, norm.weight.detach(), norm.bias.detach(), norm.eps
-            hidden, old, compressed = (F.layer_norm(x, *options) for x in (hidden.detach(), old, compressed))
+            hidden, old, compressed = (F.layer_norm(x, *options) for x in (hidden, old, compressed))
         query, key, value = attention.qkv_net.weight.chunk(3)
         return attention_reconstruction_loss(hidden, old, compressed, query, key, value, attention.n_head)
 
