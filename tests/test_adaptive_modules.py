@@ -247,6 +247,10 @@ def test_cutoffs_are_optimal(seed):
     assert cost(adaptive_cutoffs(counts, k, **options), counts, **options) == pytest.approx(best, rel=1e-12)
 
 
+def test_of_equally_good_cutoffs_the_later_ones():
+    assert adaptive_cutoffs([1] * 10, 3, tokens=1) == [7, 8, 9]
+
+
 def test_cutoffs_of_a_large_vocabulary():
     counts = torch.tensor(1e8) / torch.arange(1, 300_001)
     begin = time.perf_counter()

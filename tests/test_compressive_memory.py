@@ -131,6 +131,9 @@ def test_the_memory_is_detached():
     memory = new_memory("conv")
     memory.update(hidden)
     assert not memory.rows.requires_grad
+    memory.rows.requires_grad_()
+    memory.update(hidden)
+    assert not memory.rows.requires_grad
 
 
 def test_dtype_is_kept():
