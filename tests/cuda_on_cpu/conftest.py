@@ -1,7 +1,9 @@
 """The emulator, and which checks of an op run on it."""
 
+import subprocess
+
 import pytest
-from emulator import Emulator
+from emulator import CXX, Emulator
 
 # What is not about the kernels, or about those of C++: the other tests see to it.
 ELSEWHERE = (
@@ -18,4 +20,7 @@ def pytest_pycollect_makeitem(name):
 @pytest.fixture(scope="session")
 def emulator(request):
     """Compiled once for all processes, and again only where a source has changed."""
+    version = subprocess.run([CXX, "-dumpversion"], check=True, capture_output=True, text=True).stdout
+    if int(version.split(".")[0]) < 12:
+        pytest.skip(f"{CXX} {version.strip()} is too old for the emulator: _Float16 came with g++ 12")
     return Emulator(request.config.cache.mkdir("cuda_on_cpu"))

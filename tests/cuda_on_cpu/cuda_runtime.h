@@ -83,8 +83,8 @@ T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32, EMULATOR_PLA
     return shuffle(mask, x, width, {file, line}, [=](int lane, int) { return lane + int(by); });
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T x, int with, int width = 32, EMULATOR_PLACE) {
-    return shuffle(mask, x, width, {file, line}, [=](int lane, int) { return lane ^ with; });
+T __shfl_xor_sync(unsigned mask, T x, int with, EMULATOR_PLACE) {
+    return shuffle(mask, x, 32, {file, line}, [=](int lane, int) { return lane ^ with; });
 }
 
 using std::max;

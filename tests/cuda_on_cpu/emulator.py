@@ -23,6 +23,7 @@ import torch
 
 from par_xl.ops import registry
 
+CXX = os.environ.get("CXX", "g++")
 HERE, CSRC = Path(__file__).parent, Path(__file__).parents[2] / "csrc"
 FLAGS = "-std=c++17 -fPIC -w -U_FORTIFY_SOURCE"  # a checked longjmp does not leave a stack
 # Uninitialised variables hold 0xfe bytes; a misaligned vector and an index outside a fixed array are errors.
@@ -62,7 +63,7 @@ def build(folder: Path) -> Path:
         with open(folder / "build.ninja", "w") as file:
             n = ninja.ninja_syntax.Writer(file, width=4096)
             include = f"-I{folder} -I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
-            command = f"{os.environ.get('CXX', 'g++')} {FLAGS}"
+            command = f"{CXX} {FLAGS}"
             n.rule("cxx", f"{command} {include} $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             n.rule("link", f"{command} -shared $in -Wl,-z,lazy,-rpath,{folder} -o $out")
             for source in [*kernels, folder / "bindings.cpp"]:
