@@ -1,7 +1,7 @@
 """The Compressive Transformer: what it attends to, which loss trains what, and that compressed memory helps.
 
 Traps of the published implementations, and the tests that know them (here, in test_compressive_options.py: o, in
-test_compressive_memory.py: m):
+test_compressive_memory.py: m, in test_compressive_training.py: t):
 
     scale before the biases; own positions of the compressed part        o test_against_the_plain_model
     zeros at the start are attended to and compressed                    o the same, "zero-start"
@@ -13,7 +13,7 @@ test_compressive_memory.py: m):
     order: compressed from the front, appended at the end                m test_fifo_order
     ``[-0:]`` of an empty part                                           m test_parts_of_length_zero
     mean, sum or norm over layers and elements                           test_reduction_over_layers, m test_*_expression
-    one norm clips both losses                                           test_gradients_are_clipped_apart
+    one norm clips both losses                                           t test_gradients_are_clipped_apart
     ``detach_`` freezes the projections                                  test_the_two_losses_do_not_mix
     padding by ``len % rate`` drops the newest steps                     m test_a_segment_that_fills_no_group_...
     the task never trains the compressors                                test_bptt_trains_the_compressors_by_the_task
@@ -389,42 +389,3 @@ def test_bad_input():
         model(torch.zeros(2, 4).long(), memory=[*model.init_memory(2)[:2], (torch.zeros(2, 3, 8), 0, None)])
     with pytest.raises(ValueError, match="no weights of a Compressive Transformer"):
         CompressiveTransformer._loaded(None, {})
-
-
-@pytest.mark.parametrize("loss", ["attention", "bptt"])
-def test_training_run(loss, tmp_path):
-    """The command's run: a finished model that has learned, its compressors too, and its picture."""
-    from par_xl.data import load_corpus
-    from par_xl.training import COMPRESSIVE_RECIPES, override, train_compressive
-    from par_xl.training.compressive import attention_shares
-
-    text = "".join(f"{i} * {i} = {i * i}\n" for i in range(200))
-    for split in ("train", "valid"):
-        (tmp_path / f"{split}.txt").write_text(text)
-    corpus = load_corpus(f"bytes:{tmp_path}")
-    assert bytes(corpus.train.tolist()).decode() == text
-    options = {"epochs": "1", "batch_size": "4", "compressed_len": "16", "compression_loss": loss}
-    recipe = override(COMPRESSIVE_RECIPES["human-numbers"], {**options, "compression": "conv"})
-    model, history = train_compressive(corpus, recipe, tmp_path, devices=1)
-    assert history.valid[-1]["val_loss"] < math.log(256)
-    assert (tmp_path / "compression.png").stat().st_size > 10_000
-    torch.manual_seed(recipe.seed)
-    before = CompressiveTransformer(model.config).compressors[0].weights[0]
-    assert not torch.equal(model.compressors[0].weights[0], before)
-    tokens = torch.randint(256, (2, 96))
-    for share in attention_shares(model.eval(), tokens[:, :32], model(tokens).memory):
-        assert sum(share) == pytest.approx(1) and min(share) > 0
-
-
-def test_gradients_are_clipped_apart():
-    from types import SimpleNamespace
-
-    from par_xl.training import ClipApart
-
-    model = new_model()
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    module = SimpleNamespace(model=model, parameters=model.parameters)
-    ClipApart(0.1, CompressiveTransformer.compression_parameters).on_before_optimizer_step(None, module, None)
-    for group in parameters(model):
-        assert nn.utils.get_total_norm([p.grad for p in group]).item() == pytest.approx(0.1, rel=1e-3)
