@@ -145,6 +145,7 @@ class TestAdaptiveNLL(OnEmulator, OpChecks):
     cases = {"blocks": adaptive.cases["blocks"]}
     gradcheck_cases = {"no-cutoffs": adaptive.gradcheck_cases["no-cutoffs"]}
     dtypes = (torch.float32, torch.float16)
+    order_dtypes = guard_dtypes = (torch.float16,)
 
     def test_target_outside(self, monkeypatch):
         """NaN for its token alone, and the error with the next call."""
