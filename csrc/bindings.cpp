@@ -67,10 +67,11 @@ PYBIND11_MODULE(_C, m) {
 
     py::class_<RelAttention>(m, "RelAttention")
         .def(py::init([](std::array<HeadsTuple, 6> x, std::array<Address, 4> y, std::array<int64_t, 7> n, int64_t left,
-                         int64_t right, double scale, double dropout_p, int dtype) {
+                         int64_t right, int64_t clamp_len, double scale, double dropout_p, int dtype) {
             return RelAttention{heads(x[0]), heads(x[1]), heads(x[2]), heads(x[3]), heads(x[4]), heads(x[5]),
                                 at(y[0]), at(y[1]), at<const int64_t>(y[2]), at<const int64_t>(y[3]),
-                                n[0], n[1], n[2], n[3], n[4], n[5], n[6], left, right, scale, dropout_p, DType(dtype)};
+                                n[0], n[1], n[2], n[3], n[4], n[5], n[6], left, right, clamp_len, scale, dropout_p,
+                                DType(dtype)};
         }));
     m.def("rel_attention_cut_cpu", [](const RelAttention& p, bool backward) {
         RelAttentionCut cut = CPU(rel_attention_cut)(p, backward);

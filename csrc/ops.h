@@ -34,7 +34,7 @@ struct RelAttention {
     const int64_t* key_lengths;                // (batch,) or nullptr
     const int64_t* seed;                       // (1,), with dropout
     int64_t batch, heads, queries, keys, memory, positions, width;
-    int64_t left, right;
+    int64_t left, right, clamp_len;
     double scale, dropout_p;
     DType dtype;
 };

@@ -1,14 +1,16 @@
 """Relative attention in Triton, forward; what the backward shares stands here too.
 
 A program owns BLOCK_M queries i = m0 + a of one head and walks over tiles of N = BLOCK_N keys j = n0 + b. A pair's
-position score is column p = j - i + Q - 1 of the product with all rows of r, hence column c = b - a + N - 1 of the 2N
-columns that start at p0 = n0 - m0 + Q - N:
+position score is column p = far - d = j - i + far - (K - Q) of the product with all rows of r, hence column
+c = b - a + N - 1 of the 2N columns that start at p0 = n0 - m0 + far + 1 - (K - Q) - N:
 
     left = qp r[p0 : p0+N]^T,  right = qp r[p0+N : p0+2N]^T           the next tile's left is this tile's right
     shifted[a, b] = mixed[a, (b + N - 1 - a) % N],  mixed[a, c] = left[a, c] if c >= N - 1 - a else right[a, c]
     score = qc k^T + shifted                                         qc, qp = (q + bias) * scale * log2(e), rounded once
 
 so a tile costs three products, one of them for the positions, and one rotation of each row. Needs BLOCK_M <= BLOCK_N.
+Where distances are clamped, p < 0 is row 0, and a whole tile of those needs no such product: its position scores are
+one number for each query.
 A tensor argument is a tuple (pointer, strides of all dimensions but the last, which is contiguous).
 """
 
@@ -82,8 +84,12 @@ def head_rows(x, b, h, rows):
 
 
 @triton.jit
-def position_rows(r, h, rows, n_positions, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [N, BLOCK_D] of r (H, P, D), zeros outside it."""
+def position_rows(
+    r, h, rows, n_positions, HAS_CLAMP: tl.constexpr, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Rows [N, BLOCK_D] of r (H, P, D), zeros outside it; before it row 0 if distances are clamped."""
+    if HAS_CLAMP:
+        rows = tl.maximum(rows, 0)
     pointers = r[0] + h.to(tl.int64) * r[1] + rows.to(tl.int64)[:, None] * r[2]
     return load_rows(pointers, (rows >= 0) & (rows < n_positions), dtype, WIDTH, BLOCK_D)
 
@@ -141,19 +147,47 @@ def seen_keys(i, n_queries, n_keys, end, left, right):
 
 
 @triton.jit
-def kept(seed, i, j, b, h, n_heads, n_queries, n_keys, dropout_p):
+def kept(i, j, dropout):
     """Dropout's mask of queries i and keys j: the same for every tile size, and on every backend."""
+    seed, dropout_p, b, h, n_heads, n_queries, n_keys = dropout
     row = ((b.to(tl.int64) * n_heads + h) * n_queries + i) * n_keys
     return tl.rand(tl.load(seed), row + j) >= tl.full([1, 1], dropout_p, tl.float32)
 
 
 @triton.jit
+def far_scores(position_q, r, h, wide: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The position scores [M, 1] of queries [M, D] beyond the clamp: the products with row 0 of r."""
+    columns = tl.arange(0, BLOCK_D)
+    row = tl.load(r[0] + h.to(tl.int64) * r[1] + columns, mask=columns < WIDTH, other=0)
+    return tl.sum(position_q.to(wide) * row.to(wide)[None, :], 1)[:, None]
+
+
+@triton.jit
+def attend(
+    scores, v_tile, i, j, first, last, masked, top, total, mean, dropout,
+    HAS_DROPOUT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The running softmax with one more tile: of each query the largest score, the sum of weights, and of values."""
+    if masked:
+        scores = tl.where((j[None, :] >= first[:, None]) & (j[None, :] < last[:, None]), scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    base = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen no key yet
+    weights = tl.math.exp2(scores - base[:, None])
+    shrink = tl.math.exp2(top - base)
+    total = total * shrink + tl.sum(weights, 1)
+    if HAS_DROPOUT:
+        weights = tl.where(kept(i[:, None], j[None, :], dropout), weights, 0.0)
+    mean = product(weights.to(TYPE), v_tile, mean * shrink[:, None], PRECISION)
+    return new_top, total, mean
+
+
+@triton.jit
 def _forward(
     q, k, v, r, content_bias, position_bias, k_memory, v_memory, lengths, seed, out, lse,
-    n_heads, n_queries, n_memory, n_keys, n_positions, left, right,
+    n_heads, n_queries, n_memory, n_keys, n_positions, left, right, far,
     factor: tl.float64, dropout_p: tl.float64,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CLAMP: tl.constexpr,
     TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The heads of a sequence are neighbours and share r; its last queries, which see most, go first.
@@ -178,41 +212,42 @@ def _forward(
     begin, all_end = seen_keys(m0, n_queries, n_keys, end, left, right)
     all_begin, stop = seen_keys(last_query, n_queries, n_keys, end, left, right)
 
-    position = begin - m0 + n_queries - BLOCK_N + c  # [N], the rows of left
-    left_r = position_rows(r, h, position, n_positions, TYPE, WIDTH, BLOCK_D)
-    zeros = tl.zeros([BLOCK_M, BLOCK_N], wide)
-    left_scores = product(position_q, left_r.T, zeros, PRECISION)  # [M, N]
-    from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
-    places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
-
     top = tl.full([BLOCK_M], -float("inf"), wide)
     total = tl.zeros([BLOCK_M], wide)
     mean = tl.zeros([BLOCK_M, BLOCK_D], wide)
-    for n0 in range(begin, stop, BLOCK_N):
-        j = n0 + c
-        is_key = j < stop
-        position += BLOCK_N
-        r_tile = position_rows(r, h, position, n_positions, TYPE, WIDTH, BLOCK_D)
-        k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
-        v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
-        right_scores = product(position_q, r_tile.T, zeros, PRECISION)
-        right_scores = end_chain(right_scores, n0 >= stop)
-        scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
-        scores = product(content_q, k_tile.T, scores, PRECISION)
-        left_scores = right_scores
-        if (n0 < all_begin) | (n0 + BLOCK_N > all_end):
-            scores = tl.where((j[None, :] >= first[:, None]) & (j[None, :] < last[:, None]), scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen no key yet
-        weights = tl.math.exp2(scores - base[:, None])
-        shrink = tl.math.exp2(top - base)
-        total = total * shrink + tl.sum(weights, 1)
-        if HAS_DROPOUT:
-            keep = kept(seed, i[:, None], j[None, :], b, h, n_heads, n_queries, n_keys, dropout_p)
-            weights = tl.where(keep, weights, 0.0)
-        mean = mean * shrink[:, None]
-        mean = product(weights.to(TYPE), v_tile, mean, PRECISION)
-        top = new_top
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], wide)
+    dropout = (seed, dropout_p, b, h, n_heads, n_queries, n_keys)
+    near = begin
+    if HAS_CLAMP:  # whole tiles of farther keys come before it
+        near += tl.maximum(m0 + n_keys - n_queries - far + 1 - begin, 0) // BLOCK_N * BLOCK_N
+        constant = zeros + far_scores(position_q, r, h, wide, WIDTH, BLOCK_D)
+    position = near - m0 + far + 1 - (n_keys - n_queries) - BLOCK_N + c  # [N], the rows of left
+    from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
+    places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
+
+    for NEAR in tl.static_range(1 - HAS_CLAMP, 2):
+        if NEAR:
+            left_r = position_rows(r, h, position, n_positions, HAS_CLAMP, TYPE, WIDTH, BLOCK_D)
+            left_scores = product(position_q, left_r.T, zeros, PRECISION)  # [M, N]
+        for n0 in range(near if NEAR else begin, stop if NEAR else tl.minimum(near, stop), BLOCK_N):
+            j = n0 + c
+            is_key = j < stop
+            k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
+            v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
+            if NEAR:
+                position += BLOCK_N
+                r_tile = position_rows(r, h, position, n_positions, HAS_CLAMP, TYPE, WIDTH, BLOCK_D)
+                right_scores = product(position_q, r_tile.T, zeros, PRECISION)
+                right_scores = end_chain(right_scores, n0 >= stop)
+                scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
+                left_scores = right_scores
+            else:
+                scores = constant
+            scores = product(content_q, k_tile.T, scores, PRECISION)
+            masked = (n0 < all_begin) | (n0 + BLOCK_N > all_end)
+            top, total, mean = attend(
+                scores, v_tile, i, j, first, last, masked, top, total, mean, dropout, HAS_DROPOUT, TYPE, PRECISION
+            )
 
     total = tl.where(total == 0, 1.0, total)  # a row that sees no key: 0, and a logarithm of -inf
     result = mean / (total[:, None] * tl.full([1, 1], 1 - dropout_p, wide))
@@ -244,6 +279,12 @@ def forward_tiles(n_queries: int, width: int, dtype: torch.dtype, arch: int) -> 
         return Tiles(32, 32, 8, 1)
     # Four warps spill where rows are not whole tiles, and their loads need masks.
     return Tiles(64, 64, 4 if width == padded(width) <= 64 and arch == 90 else 8, 2)
+
+
+def clamped(clamp_len: int, left: int, n_keys: int) -> tuple[int, bool]:
+    """The distance of row 0 of r, and whether a query may see farther than that."""
+    far = min(n_keys - 1, clamp_len)
+    return far, far < min(n_keys - 1, left)
 
 
 def padded(width: int) -> int:
@@ -285,13 +326,14 @@ def without_bf16(n_results: int) -> Callable:
 @without_bf16(2)
 def forward(
     q, k, v, r, content_bias, position_bias, k_memory, v_memory, key_lengths, seed,
-    left, right, scale, dropout_p, out, lse,
+    left, right, clamp_len, scale, dropout_p, out, lse,
 ):  # fmt: skip
     """Fills ``out (B, H, Q, D)`` and ``lse (B, H, Q)``."""
     batch, heads, n_queries, width = q.shape
     n_memory = 0 if k_memory is None else k_memory.shape[2]
     n_keys = n_memory + k.shape[2]
     block_d = padded(width)
+    far, has_clamp = clamped(clamp_len, left, n_keys)
     tiles = forward_tiles(n_queries, width, q.dtype, capability())
     programs = batch * heads * triton.cdiv(n_queries, tiles.rows)
     if programs == 0:
@@ -301,8 +343,8 @@ def forward(
         strided(q), strided(k), strided(v), strided(r), strided(content_bias), strided(position_bias), *memory,
         lse if key_lengths is None else key_lengths, lse if seed is None else seed, strided(out), lse,
         heads, n_queries, n_memory, n_keys, r.shape[1], min(left, n_keys), min(right, max(n_queries - 1, 0)),
-        scale * LOG2_E, dropout_p,
+        far, scale * LOG2_E, dropout_p,
         WIDTH=width, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_D=block_d, HAS_MEMORY=n_memory > 0,
-        HAS_LENGTHS=key_lengths is not None, HAS_DROPOUT=dropout_p > 0, **products(q.dtype),
+        HAS_LENGTHS=key_lengths is not None, HAS_DROPOUT=dropout_p > 0, HAS_CLAMP=has_clamp, **products(q.dtype),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

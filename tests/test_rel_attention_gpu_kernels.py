@@ -6,6 +6,7 @@ from test_rel_attention import attention
 
 import par_xl
 from par_xl.machine_code import compile_launches
+from par_xl.ops.rel_attention import UNLIMITED
 from par_xl.testing import make_inputs, run
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these run in the interpreter, on the CPU")
@@ -23,7 +24,7 @@ def test_scratch_budget(rows, monkeypatch):
     inputs = make_inputs(attention(2, 2, 130, 130, 20, 16), torch.float64, "cpu")
     wanted = run(on_triton, inputs)
     scratches = []
-    kernel = rel_attention_backward._differentiate_queries
+    kernel = rel_attention_backward.differentiate_queries
 
     class Recorded:
         def __getitem__(self, grid):
@@ -35,7 +36,7 @@ def test_scratch_budget(rows, monkeypatch):
 
     row_bytes = 192 * 8 + 2 * 16 * 8  # 150 columns in whole tiles, and two rows of sums
     monkeypatch.setattr(rel_attention_backward, "SCRATCH_BYTES", rows * row_bytes)
-    monkeypatch.setattr(rel_attention_backward, "_differentiate_queries", Recorded())
+    monkeypatch.setattr(rel_attention_backward, "differentiate_queries", Recorded())
     got = run(on_triton, inputs)
     assert len(scratches) == 2 * 2 * 3
     assert max(x.nbytes for x in scratches) <= 64 * row_bytes  # a tile of queries is the least
@@ -60,7 +61,7 @@ def test_queries_that_see_no_key_may_hold_anything():
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def launch(width, dtype):
+def launch(width, dtype, clamp_len=UNLIMITED):
     """Forward and backward as a language model calls them."""
     from par_xl.kernels.rel_attention import forward
     from par_xl.kernels.rel_attention_backward import backward
@@ -68,7 +69,7 @@ def launch(width, dtype):
     q, k, v, k_memory, v_memory = torch.empty(5, 2, 4, 128, width, dtype=dtype).unbind()
     r, biases = torch.empty(4, 256, width, dtype=dtype), torch.empty(2, 4, width, dtype=dtype)
     inputs = (q, k, v, r, *biases.unbind(), k_memory, v_memory, torch.empty(2, dtype=torch.int64), None)
-    limits = 2**31 - 1, 0, width**-0.5, 0.0
+    limits = UNLIMITED, 0, clamp_len, width**-0.5, 0.0
     lse = torch.empty(2, 4, 128)
     forward(*inputs, *limits, q, lse)
     with pytest.MonkeyPatch.context() as patch:  # torch's product of bf16 into fp32 is there on a GPU alone
@@ -78,15 +79,19 @@ def launch(width, dtype):
 
 def launches_64():
     launch(64, torch.bfloat16)
+    launch(64, torch.bfloat16, clamp_len=100)
 
 
 def launches_128():
     launch(128, torch.bfloat16)
+    launch(128, torch.bfloat16, clamp_len=100)
 
 
 def launches_others():
     launch(41, torch.bfloat16)  # rows that are no whole tiles, nor 16 bytes apart
     launch(64, torch.float32)
+    launch(41, torch.bfloat16, clamp_len=100)
+    launch(64, torch.float32, clamp_len=100)
 
 
 def test_other_widths_and_types_do_not_spill():
@@ -101,12 +106,12 @@ PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 def test_machine_code(launches, capabilities):
     """No spills; products on the tensor cores; tiles are prefetched into shared memory 16 bytes at a time."""
     compiled = compile_launches(f"test_rel_attention_gpu_kernels:{launches}", capabilities)
-    kernels = {"_forward", "_prepare", "_differentiate_queries", "_differentiate_keys"}
+    kernels = {"_forward", "_prepare", "differentiate_queries", "_differentiate_keys"}
     assert {(one.kernel, one.capability) for one in compiled} == {(k, c) for k in kernels for c in capabilities}
     for one in compiled:
         assert one.stack == 0, (one.kernel, one.capability)
         if one.kernel != "_prepare":
             assert PRODUCTS[one.capability] in one.sass
             assert "LDGSTS.E.BYPASS" in one.sass and ".128" in one.sass
-        if one.kernel == "_differentiate_keys":
+        if one.kernel == "differentiate_keys":
             assert "SHFL" not in one.sass  # the rotation goes through shared memory, not between lanes

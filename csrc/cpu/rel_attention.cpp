@@ -5,6 +5,8 @@
 // stored with a row pitch one larger than that of the scores, falls on the scores it belongs to. The same view of the
 // gradients of the scores is the gradient of the position product. Rows have margins for what lies outside of the scores.
 //
+// Where the distances are clamped, the product ends at row 0 of r; what that adds to a query's farther keys is one number.
+//
 //     products = content_q k^T + position_q r^T                     content_q, position_q: q + bias
 //     forward:   W = exp(scale * (products - max)), out = W v / sum
 //     backward:  W again, dW = grad v^T, dS = W * (dW - sum(W dW)), and one product for each gradient
@@ -203,8 +205,13 @@ private:
                  plan.width, true);
         // dq = dS k + dS r
         multiply_by_keys(x, d_scores, this->key, content_out);
+        const bool far = sum_far(x);
+        if (far) {  // of each query the sum of dS is what row 0 of r gets
+            multiply(1, plan.width, x.rows, factor, 0, 1, rows(position_q), dr, plan.width, true);
+            multiply(x.rows, plan.width, 1, factor, 1, 0, rows(r), position_out, plan.width, false);
+        }
         multiply(x.rows, plan.width, n_positions, d_positions, x.pitch + 1, 1, rows(row(r, x.first_position)), position_out,
-                 plan.width, false);
+                 plan.width, far);
         for (int64_t a = 0; a < x.rows; ++a) {
             X* to = at<X>(dq, b, h, x.begin + a);
             for (int64_t d = 0; d < p.width; ++d)
@@ -227,7 +234,7 @@ private:
         for (int64_t d = 0; d < plan.width; ++d) to[d] += x[d];
     }
 
-    // content_q k^T + position_q r^T of the block's rows
+    // content_q k^T + position_q r^T of the block's rows, as far as they are visible
     void multiply_scores(const Block& x, int64_t b, int64_t h) {
         pack(p.q, b, h, x.begin, x.rows, content_q);
         const X* content = static_cast<const X*>(p.content_bias) + h * p.width;
@@ -241,6 +248,28 @@ private:
         multiply(x.rows, x.columns(), p.width, content_q, plan.width, 1, columns(key_t, x.key0), scores, x.pitch, false);
         multiply(x.rows, x.end_position - x.position0, p.width, position_q, plan.width, 1, columns(r_t, x.position0),
                  scores + x.position0 + x.shift, x.pitch + 1, true);
+        for (int64_t a = 0; a < x.rows; ++a) {
+            const Span s = plan.span(x, a);
+            if (s.begin == s.near_begin) continue;
+            const T far = dot(at<X>(p.r, 0, h, 0), row(position_q, a));
+#pragma omp simd
+            for (int64_t c = s.begin; c < s.near_begin; ++c) scores[a * x.pitch + c] += far;
+        }
+    }
+
+    // factor = the sum of each row's gradients of scores beyond the clamp; whether there are any
+    bool sum_far(const Block& x) {
+        bool any = false;
+        for (int64_t a = 0; a < x.rows; ++a) {
+            const Span s = plan.span(x, a);
+            const T* row = d_scores + a * x.pitch;
+            T sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t c = s.begin; c < s.near_begin; ++c) sum += row[c];
+            factor[a] = sum;
+            any |= s.begin < s.near_begin;
+        }
+        return any;
     }
 
     // to = x_rows keys, over the keys that the block sees

@@ -8,7 +8,8 @@ constexpr int64_t max_rows = 96;            // of a block
 constexpr int64_t score_bytes = 768 << 10;  // of a block's score buffers: most of a second-level cache
 constexpr int64_t units_wanted = 32;        // of work, for the threads to share
 
-// Query rows [begin, begin + rows) of a head; the keys and position rows that some of them see.
+// Query rows [begin, begin + rows) of a head; the keys and position rows that some of them see. If all of their keys are
+// beyond the clamp, end_position may be less than first_position, which is 0 then.
 struct Block {
     int64_t begin, rows, first_key, end_key, first_position, end_position;
     int64_t key0, position0;  // of the first column of a product: the same, rounded down to a panel
@@ -17,20 +18,20 @@ struct Block {
     int64_t columns() const { return end_key - key0; }
 };
 
-// The visible columns of a row, and those which a product may read.
+// The visible columns of a row, of which those before near_begin are beyond the clamp; and those which a product may read.
 struct Span {
-    int64_t begin, end, read_begin, read_end;
+    int64_t begin, near_begin, end, read_begin, read_end;
 };
 
 // How a call is cut.
 template <class T>
 struct Plan {
     const RelAttention& p;
-    int64_t n_keys, lag, width, rows, used_positions, scores;
+    int64_t n_keys, lag, far, width, rows, used_positions, scores;  // far: the distance of position 0
 
     Plan(const RelAttention& p, int64_t buffers)
-        : p(p), n_keys(p.memory + p.keys), lag(n_keys - p.queries), width(round_up(p.width, 16)),
-          used_positions(n_keys + min(p.queries - 1, p.right)) {
+        : p(p), n_keys(p.memory + p.keys), lag(n_keys - p.queries), far(min(n_keys - 1, p.clamp_len)),
+          width(round_up(p.width, 16)), used_positions(far + 1 + min(p.queries - 1, p.right)) {
         const int64_t columns = max(1, min(n_keys, p.left + p.right + max_rows));
         const int64_t most = max(tile_rows, min(max_rows, score_bytes / buffers / int64_t(sizeof(T)) / columns));
         rows = min(round_up(ceil_div(p.queries, max(1, ceil_div(p.queries, most))), tile_rows), max_rows);
@@ -55,12 +56,12 @@ struct Plan {
         const int64_t end = begin + x.rows;
         x.first_key = max(0, begin + lag - p.left);
         x.end_key = min(real_keys(b), end + lag + p.right);
-        x.first_position = max(x.first_key - end + p.queries, n_keys - 1 - p.left);
-        x.end_position = min(x.end_key - begin + p.queries - 1, n_keys + p.right);
+        x.first_position = max(0, far - min(p.left, end - 1 + lag - x.first_key));
+        x.end_position = far + 1 + min(p.right, x.end_key - 1 - begin - lag);
         x.key0 = x.first_key / panel<T> * panel<T>;
         x.position0 = x.first_position / panel<T> * panel<T>;
         x.pitch = pitch(x.columns());
-        x.shift = begin - p.queries + 1 - x.key0;
+        x.shift = begin + lag - far - x.key0;
         return x;
     }
 
@@ -69,6 +70,7 @@ struct Plan {
         Span s;
         s.begin = min(max(x.first_key, key - p.left) - x.key0, x.columns());
         s.end = max(s.begin, min(x.end_key, key + p.right + 1) - x.key0);
+        s.near_begin = min(max(s.begin, x.shift + a), s.end);
         s.read_begin = min(x.first_key - x.key0, x.first_position + x.shift + a);
         s.read_end = max(x.columns(), x.end_position + x.shift + a);
         return s;

@@ -193,12 +193,14 @@ class CompressiveTransformer(TransformerXL):
             rows = None if own_waves is None else self.compressed_positions[str(i)](own_waves)
             memory, part = self.split_memory(i, attention.keys_values(state.rows), state.compressed, rows)
         r, content_bias, position_bias = attention.prepare(*positions)
-        out, q, k, _ = attention.attend(x, r, content_bias, position_bias, memory, None, part)
+        options = self.attention_options()
+        out, q, k, _ = attention.attend(x, r, content_bias, position_bias, memory, compressed=part, **options)
         usage = None
         if received and state is not None:
             parts = [] if part is None else [(part.compressed[0], part.compressed_r, part.compressed_bias, COMPRESSED)]
             keys = k if memory is None else torch.cat((memory[0], k), 2)
-            parts.append((keys, r, position_bias, RECENT))
+            clamp_len = options["clamp_len"]
+            parts.append((keys, r, position_bias, RECENT if clamp_len is None else (*RECENT[:2], clamp_len)))
             usage = attention_received(q, content_bias, parts, attention.d_head**-0.5)
         return layer.pos_ff(attention.residual(x, out)), usage
 
@@ -210,6 +212,10 @@ class CompressiveTransformer(TransformerXL):
             return keys_values, None
         (old_k, old_v), (k, v) = zip(*(x.tensor_split([n_compressed], 2) for x in keys_values), strict=True)
         return (k, v), CompressedPart((old_k, old_v), rows, self.compressed_positions[str(i)].r_r_bias)
+
+    def _clamp_len(self) -> int | None:
+        # compressed_attention takes a row for every distance.
+        return None if self.compressed_positions else super()._clamp_len()
 
     def _update(
         self, states: list[MemoryState], stored: list[Tensor], usages: list[Tensor | None]

@@ -53,13 +53,13 @@ class SegmentDecoder:
         room, steps = self.segment_length - self.n_read, tokens.shape[1]
         if steps > room:
             return torch.cat([self.step(tokens[:, :room]), self.step(tokens[:, room:])], 1)
-        x = self.model.word_emb(tokens)
+        x, options = self.model.word_emb(tokens), self.model.attention_options()
         for i, (layer, cache, (r, *biases), own, rows) in enumerate(self.layers):
             # Their rows of the distances own + n_read + steps - 1 to n_read + 1.
             near = None if rows is None else rows[:, room - steps : room + own - 1]
             old, part = self.model.split_memory(i, cache.read(), own, near)
             n_keys = len(cache) - own + steps
-            out, _, k, v = layer.dec_attn.attend(x, r[:, -n_keys:], *biases, old, None, part)
+            out, _, k, v = layer.dec_attn.attend(x, r[:, -n_keys:], *biases, old, compressed=part, **options)
             cache.append(k, v)
             x = layer.pos_ff(layer.dec_attn.residual(x, out))
         self.segment = torch.cat([self.segment, tokens], 1) if self.n_read else tokens

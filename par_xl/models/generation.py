@@ -82,10 +82,11 @@ class Decoder:
         model, n_keys = self.model, len(self.caches[0]) + tokens.shape[1]
         x = model.word_emb(tokens)
         states = iter(zip(self.caches, self._rows(n_keys, x.dtype), strict=True))
+        options = model.attention_options()
         for layer in model.layers:
             if layer.dec_attn is not None:
                 cache, (rows, *biases) = next(states)
-                out, _, k, v = layer.dec_attn.attend(x, rows[:, -n_keys:], *biases, cache.read(), model.config.window)
+                out, _, k, v = layer.dec_attn.attend(x, rows[:, -n_keys:], *biases, cache.read(), **options)
                 cache.append(k, v)
                 x = layer.dec_attn.residual(x, out)
             if layer.pos_ff is not None:

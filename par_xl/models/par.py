@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from par_xl.models.par_config import ParConfig
 from par_xl.models.transformer_xl import DecoderLayer, TransformerXL
-from par_xl.nn.rel_attention import Window
 from par_xl.nn.relaxed_one_hot import RelaxedOneHot
 from par_xl.ops.mix import mix
 
@@ -55,22 +54,22 @@ class StochasticBlock(DecoderLayer):
         weights: Tensor,
         choice: int | None,
         mems: Tensor | None = None,
-        window: Window | None = None,
+        **options: Any,
     ) -> Tensor:
         """``weights[0] * attention(x) + weights[1] * dense(x) + weights[2] * x``, ``(B, T, d)``.
 
         Args:
-            x, positions, mems, window: as for :class:`DecoderLayer`.
+            x, positions, mems, options: as for :class:`DecoderLayer`.
             weights: ``(3,)``, fp32 (fp64).
             choice: where ``weights`` is a one-hot vector, the place of its one; only that branch is computed then, and
                 the gradient of the weights is that of ``x + weights[choice] * (branch - x)``.
         """
         if choice is None:
-            return self._mixed(x, self.dec_attn.branch(x, *positions, mems=mems, window=window), weights)
+            return self._mixed(x, self.dec_attn.branch(x, *positions, mems=mems, **options), weights)
         part = CHOICES[choice]
         if part == "-":
             return x
-        branch = self.dec_attn(x, *positions, mems=mems, window=window) if part == "s" else self.pos_ff(x)
+        branch = self.dec_attn(x, *positions, mems=mems, **options) if part == "s" else self.pos_ff(x)
         if not weights.requires_grad:
             return branch
         return torch.lerp(x.to(branch.dtype), branch, weights[choice].to(branch.dtype))

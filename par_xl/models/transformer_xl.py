@@ -16,12 +16,7 @@ from par_xl.nn.adaptive_embedding import AdaptiveEmbedding
 from par_xl.nn.adaptive_softmax import ProjectedAdaptiveLogSoftmax
 from par_xl.nn.dropout import Dropout
 from par_xl.nn.positions import distances, sinusoids
-from par_xl.nn.rel_attention import (
-    MultiHeadAttn,
-    RelLearnableMultiHeadAttn,
-    RelPartialLearnableMultiHeadAttn,
-    Window,
-)
+from par_xl.nn.rel_attention import MultiHeadAttn, RelLearnableMultiHeadAttn, RelPartialLearnableMultiHeadAttn
 
 ATTENTION = (RelPartialLearnableMultiHeadAttn, RelLearnableMultiHeadAttn, MultiHeadAttn, MultiHeadAttn)
 # What is added to a layer's input and memory, if anything, and the positions and biases that its attention takes.
@@ -75,12 +70,10 @@ class DecoderLayer(nn.Module):
         if "f" in parts:
             self.pos_ff = PositionwiseFF(config)
 
-    def forward(
-        self, x: Tensor, *positions: Tensor | None, mems: Tensor | None = None, window: Window | None = None
-    ) -> Tensor:
-        """``x (B, T, d)``, ``mems (B, M, d)`` and the attention's positions to ``(B, T, d)``."""
+    def forward(self, x: Tensor, *positions: Tensor | None, mems: Tensor | None = None, **options: Any) -> Tensor:
+        """``x (B, T, d)``, ``mems (B, M, d)`` and the attention's positions and options to ``(B, T, d)``."""
         if self.dec_attn is not None:
-            x = self.dec_attn(x, *positions, mems=mems, window=window)
+            x = self.dec_attn(x, *positions, mems=mems, **options)
         return x if self.pos_ff is None else self.pos_ff(x)
 
 
@@ -202,7 +195,7 @@ class TransformerXL(nn.Module):
 
     def _layers(self, tokens: Tensor, memory: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The output, and the input of every layer with a memory."""
-        n_memory, window = memory.shape[2], self.config.window
+        n_memory, attention = memory.shape[2], self.attention_options()
         x = self.drop(self.word_emb(tokens))
         positions = self.positions(n_memory + tokens.shape[1], x.dtype)
         memories, inputs = iter(memory.unbind(0)), []
@@ -213,7 +206,7 @@ class TransformerXL(nn.Module):
                 mems = next(memories)
             if absolute is not None:
                 x, mems = x + absolute[n_memory:], mems + absolute[:n_memory]
-            given: dict[str, Any] = {"mems": mems if n_memory else None, "window": window, **options}
+            given: dict[str, Any] = {"mems": mems if n_memory else None, **attention, **options}
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, *relative, **given, use_reentrant=False)
             else:
@@ -224,10 +217,24 @@ class TransformerXL(nn.Module):
         """For each layer, what else this pass gives it."""
         return [{}] * len(self.layers)
 
-    def positions(self, n_keys: int, dtype: torch.dtype) -> list[LayerPositions]:
-        """For each layer, the positions of ``n_keys`` keys, of which the last is at distance 0."""
+    def attention_options(self) -> dict[str, Any]:
+        """What every attention of a pass is told: the window, and the clamp where positions are relative."""
+        window = {"window": self.config.window}
+        return window if self.config.attn_type in (2, 3) else {**window, "clamp_len": self._clamp_len()}
+
+    def _clamp_len(self) -> int | None:
+        """The distance beyond which :meth:`positions` has no rows, as attention itself counts farther ones as it."""
         c = self.config
-        distance = distances(n_keys, self._table.device)
+        if c.attn_type == 1:
+            return min(c.max_klen, c.clamp_len or c.max_klen) - 1
+        dropped = self.drop.training and self.drop.p > 0  # each row by itself, as upstream: equal ones differ then
+        return None if c.attn_type != 0 or dropped else c.clamp_len or None
+
+    def positions(self, n_keys: int, dtype: torch.dtype) -> list[LayerPositions]:
+        """For each layer, the positions of ``n_keys`` keys, of which the last is at distance 0; of relative ones those
+        that :meth:`attention_options` leaves."""
+        c, clamp_len = self.config, self._clamp_len()
+        distance = distances(n_keys if clamp_len is None else min(n_keys, clamp_len + 1), self._table.device)
         if c.attn_type in (0, 2):
             waves = sinusoids(distance.clamp(max=c.clamp_len) if c.clamp_len else distance, c.d_model, dtype=dtype)
             waves = self.drop(waves)
@@ -237,7 +244,6 @@ class TransformerXL(nn.Module):
         rows = (c.max_klen - 1 - distance).clamp(min=0)
         if c.attn_type == 3:
             return [(table[rows], ()) for table in self.r_emb]
-        rows = rows.clamp(min=c.max_klen - c.clamp_len if c.clamp_len else 0)
         by_layer = zip(self.r_emb, self.r_w_bias, self.r_bias, strict=True)
         return [(None, (table[rows], bias, by_row[rows])) for table, bias, by_row in by_layer]
 

@@ -114,12 +114,14 @@ class _RelMultiHeadAttn(MemoryAttention):
         memory: KeysValues | None,
         window: Window | None,
         compressed: CompressedPart | None = None,
+        clamp_len: int | None = None,
     ) -> Attended:
-        """With positions ``r (H, P, D)``, a memory of keys and values, and compressed ones before it."""
+        """With positions ``r (H, P, D)`` and a memory of keys and values; with compressed ones before it, unclamped."""
         q, k, v = self.split(self.qkv_net(self.normed(w)))
         options: dict[str, Any] = {"memory": memory, "scale": self.d_head**-0.5, "dropout_p": self.dropout_p}
         if compressed is None:
-            heads = self.attention(q, k, v, r, content_bias, position_bias, window=window, **options)
+            options |= {"window": window, "clamp_len": clamp_len}
+            heads = self.attention(q, k, v, r, content_bias, position_bias, **options)
         else:
             heads = compressed_attention(q, k, v, r, content_bias, position_bias, **compressed._asdict(), **options)
         return Attended(self.output(heads), q, k, v)
@@ -170,20 +172,23 @@ class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):
         mems: Tensor | None = None,
         *,
         window: Window | None = None,
+        clamp_len: int | None = None,
     ) -> Tensor:
         """The layer, ``(B, T, d)`` to ``(B, T, d)``.
 
         Args:
             w: the segment, ``(B, T, d)``.
-            r: position encodings, ``(M + T, d)``, the farthest distance first (:func:`par_xl.nn.sinusoids`).
+            r: position encodings (:func:`par_xl.nn.sinusoids`), the farthest distance first: ``(M + T, d)``, or only
+                ``clamp_len + 1`` rows where that is less.
             r_w_bias, r_r_bias: ``(H, D)``, exactly if the layer has none.
             mems: inputs of the layer at earlier steps, ``(B, M, d)``; they and ``qkv_net`` get gradients.
             window: as in :func:`par_xl.rel_attention`; ``same_length`` is ``(mem_len - 1, 0)``.
+            clamp_len: distances beyond it count as it.
 
         Raises:
             ValueError: biases are missing, or there twice; what :func:`par_xl.rel_attention` refuses.
         """
-        return self.residual(w, self.branch(w, r, r_w_bias, r_r_bias, mems, window=window))
+        return self.residual(w, self.branch(w, r, r_w_bias, r_r_bias, mems, window=window, clamp_len=clamp_len))
 
     def branch(
         self,
@@ -194,10 +199,11 @@ class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):
         mems: Tensor | None = None,
         *,
         window: Window | None = None,
+        clamp_len: int | None = None,
     ) -> Tensor:
         """What the layer adds to ``w``, ``(B, T, d)``; arguments as for :meth:`forward`."""
         memory = None if mems is None else self.keys_values(mems)
-        return self.attend(w, *self.prepare(r, r_w_bias, r_r_bias), memory, window).output
+        return self.attend(w, *self.prepare(r, r_w_bias, r_r_bias), memory, window, clamp_len=clamp_len).output
 
     def prepare(self, r: Tensor, r_w_bias: Tensor | None, r_r_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The projected positions ``(H, P, D)`` and the biases, for :meth:`attend`."""
@@ -228,11 +234,13 @@ class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
         mems: Tensor | None = None,
         *,
         window: Window | None = None,
+        clamp_len: int | None = None,
     ) -> Tensor:
-        """``w (B, T, d)``, ``r_emb (M + T, H, D)``, ``r_w_bias (H, D)``, ``r_bias (M + T, H)``, ``mems (B, M, d)`` to
-        ``(B, T, d)``; the farthest distance comes first."""
+        """``w (B, T, d)``, ``r_emb (P, H, D)``, ``r_w_bias (H, D)``, ``r_bias (P, H)``, ``mems (B, M, d)`` to
+        ``(B, T, d)``; P and the rest as in :class:`RelPartialLearnableMultiHeadAttn`."""
         memory = None if mems is None else self.keys_values(mems)
-        return self.residual(w, self.attend(w, *self.prepare(r_emb, r_w_bias, r_bias), memory, window).output)
+        prepared = self.prepare(r_emb, r_w_bias, r_bias)
+        return self.residual(w, self.attend(w, *prepared, memory, window, clamp_len=clamp_len).output)
 
     def prepare(self, r_emb: Tensor, r_w_bias: Tensor, r_bias: Tensor) -> tuple[Tensor, Tensor, None]:
         """Positions ``(H, P, D + 1)`` and the content bias ``(H, D + 1)``, for :meth:`attend`."""

@@ -34,9 +34,9 @@ from par_xl.ops.rel_attention import (
     masked_scores,
 )
 
-COMPRESSED = UNLIMITED, UNLIMITED  # every query sees every compressed key
-RECENT = UNLIMITED, 0
-Part = tuple[Tensor, Tensor, Tensor, tuple[int, int]]  # keys, position rows, position bias, (left, right)
+COMPRESSED = UNLIMITED, UNLIMITED, UNLIMITED  # every query sees every compressed key
+RECENT = UNLIMITED, 0, UNLIMITED
+Part = tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]  # keys, position rows and bias, (left, right, clamp_len)
 
 
 def joint_scores(q: Tensor, content_bias: Tensor, parts: Sequence[Part], scale: float, **queries: int) -> Tensor:

@@ -1,14 +1,14 @@
 """Relative-position attention with memory, as in Transformer-XL.
 
-With K = M + T keys (memory, then segment), query i and key j are d = i + (K - Q) - j steps apart, and row p = K - 1 - d
-= j - i + Q - 1 of r belongs to that distance:
+With K = M + T keys (memory, then segment), query i and key j are d = i + (K - Q) - j steps apart, and row
+p = max(far - d, 0) of r belongs to that distance, where far = min(K - 1, clamp_len); without a clamp p = j - i + Q - 1:
 
     score[i, j] = scale * ((q_i + content_bias) . k_j + (q_i + position_bias) . r_p)    where -right <= d <= left
     out_i       = sum_j dropout(softmax_j(score[i, :])) v_j
 
     delta_i     = grad_i . out_i
     dS[i, j]    = P[i, j] * (keep[i, j] / (1 - dropout_p) * grad_i . v_j - delta_i) * scale,    P = exp(score - lse)
-    dq = dS k + dBD r,  dk = dS^T (q + content_bias),  dr = dBD^T (q + position_bias),  dBD[i, j - i + Q - 1] = dS[i, j]
+    dq = dS k + dBD r,  dk = dS^T (q + content_bias),  dr = dBD^T (q + position_bias),  dBD[i, p] = sum_j of p dS[i, j]
 
 Dai et al.: Transformer-XL (arXiv 1901.02860); Gulati et al.: Conformer (arXiv 2005.08100).
 """
@@ -22,13 +22,13 @@ from torch import Tensor
 from par_xl.ops.philox import draw_seeds, philox
 from par_xl.ops.registry import _C, DTYPES, Op, acc_dtype, choose, first_derivative_only
 
-UNLIMITED = 2**31 - 1  # a window without an end
+UNLIMITED = 2**31 - 1  # a window without an end, no clamp
 WIDEST = 128  # head width of the CUDA kernel
 
 
 def masked_scores(
     q: Tensor, k: Tensor, r: Tensor, content_bias: Tensor, position_bias: Tensor,
-    key_lengths: Tensor | None, n_memory: int, left: int, right: int, scale: float,
+    key_lengths: Tensor | None, n_memory: int, left: int, right: int, clamp_len: int, scale: float,
     *, first_query: int = 0, n_queries: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The scores ``(B, H, Q, K)``, by distance; -inf where a pair is not visible. ``k`` holds memory and segment.
@@ -45,12 +45,12 @@ def masked_scores(
     # where, not a product: whatever stands in rows that no pair uses, NaN included, must not reach sums or gradients.
     q = torch.where(visible.any(2)[:, None, :, None], q, 0.0)
     k = torch.where(visible.any(1)[:, None, :, None], k, 0.0)
-    row_distance = n_keys - 1 - torch.arange(n_positions, device=q.device)
-    used = (
-        (-right <= row_distance) & (row_distance <= left) & (row_distance[:, None] > n_keys - n_queries - ends).any(1)
-    )
+    far = min(n_keys - 1, clamp_len)
+    row_distance = far - torch.arange(n_positions, device=q.device)
+    farthest = torch.where(row_distance == far, n_keys - 1, row_distance).clamp(max=left)  # that the row belongs to
+    used = (-right <= farthest) & (row_distance <= farthest) & (farthest[:, None] > n_keys - n_queries - ends).any(1)
     by_row = (q + position_bias[:, None]) @ torch.where(used[:, None], r, 0.0).mT  # (B, H, Q, P)
-    row = (n_keys - 1 - distance).clamp(max=n_positions - 1).expand(*q.shape[:2], -1, -1)
+    row = (far - distance).clamp(0, n_positions - 1).expand(*q.shape[:2], -1, -1)
     scores = scale * ((q + content_bias[:, None]) @ k.mT + by_row.gather(3, row))
     return torch.where(visible[:, None], scores, -torch.inf)
 
@@ -65,7 +65,7 @@ def dropout_keep(seed: Tensor, offset: Tensor, dropout_p: float) -> Tensor:
 def rel_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, r: Tensor, content_bias: Tensor, position_bias: Tensor,
     k_memory: Tensor | None, v_memory: Tensor | None, key_lengths: Tensor | None, seed: Tensor | None,
-    left: int, right: int, scale: float, dropout_p: float,
+    left: int, right: int, clamp_len: int, scale: float, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """The specification, in plain PyTorch on any device: fp32 arithmetic (fp64 for fp64), rounded once to q's dtype."""
     dtype, wide, n_memory = q.dtype, acc_dtype(q), 0
@@ -73,7 +73,8 @@ def rel_attention_reference(
         n_memory = k_memory.shape[2]
         k, v = torch.cat((k_memory, k), 2), torch.cat((v_memory, v), 2)
     q, k, v, r, content_bias, position_bias = (x.to(wide) for x in (q, k, v, r, content_bias, position_bias))
-    scores = masked_scores(q, k, r, content_bias, position_bias, key_lengths, n_memory, left, right, scale)
+    limits = left, right, clamp_len
+    scores = masked_scores(q, k, r, content_bias, position_bias, key_lengths, n_memory, *limits, scale)
     visible = scores.detach() != -torch.inf
     real_row = visible.any(3, keepdim=True)
     probabilities = torch.where(real_row, scores, 0.0).softmax(3)
@@ -107,7 +108,7 @@ _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor r, Tensor content_bias, Tensor position_bias, Tensor? k_memory,"
     " Tensor? v_memory, Tensor? key_lengths, Tensor? seed"
 )
-_OPTIONS = "int left, int right, float scale, float dropout_p, str backend"
+_OPTIONS = "int left, int right, int clamp_len, float scale, float dropout_p, str backend"
 FORWARD = Op(f"rel_attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)", _fake_forward)
 BACKWARD = Op(
     f"rel_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, bool part, {_OPTIONS}) -> (Tensor dq,"
@@ -214,7 +215,7 @@ class RelAttention(torch.autograd.Function):
     """The fused op, see :func:`rel_attention`.
 
     ``RelAttention.apply(q, k, v, r, content_bias, position_bias, k_memory or None, v_memory or None,
-    key_lengths or None, seed or None, left, right, scale, dropout_p, backend)``
+    key_lengths or None, seed or None, left, right, clamp_len, scale, dropout_p, backend)``
     """
 
     @staticmethod
@@ -229,7 +230,7 @@ class RelAttention(torch.autograd.Function):
     def backward(ctx, grad):
         gradients = BACKWARD(grad, *ctx.saved_tensors, False, *ctx.options)
         wanted = (d if needed else None for d, needed in zip(gradients, ctx.needs_input_grad[:8], strict=True))
-        return *wanted, *[None] * 7
+        return *wanted, *[None] * 8
 
 
 def _check_tensor(name: str, x: Tensor, q: Tensor, shape: tuple[int | None, ...], why: str) -> None:
@@ -305,6 +306,16 @@ def _limits(causal: bool, window: tuple[int | None, int | None] | None) -> tuple
     return min(left, UNLIMITED), 0 if causal else min(right, UNLIMITED)
 
 
+def _clamp(clamp_len: int | None) -> int:
+    if clamp_len is None:
+        return UNLIMITED
+    if not isinstance(clamp_len, int):
+        raise TypeError(f"clamp_len must be an int or None, not {type(clamp_len).__name__}")
+    if clamp_len < 0:
+        raise ValueError(f"clamp_len must not be negative, not {clamp_len}")
+    return min(clamp_len, UNLIMITED)
+
+
 def rel_attention(
     q: Tensor,
     k: Tensor,
@@ -319,16 +330,19 @@ def rel_attention(
     key_lengths: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    clamp_len: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention with relative positions over memory and segment: softmax of content plus position scores, times values.
 
-    With ``j`` counted over memory, then segment, ``K = M + T`` and ``d = i + (K - Q) - j``::
+    With ``j`` counted over memory, then segment, ``K = M + T``, ``d = i + (K - Q) - j`` and ``far = K - 1``, or
+    ``min(K - 1, clamp_len)``::
 
-        score[i, j] = scale * ((q[i] + content_bias) . k[j] + (q[i] + position_bias) . r[K - 1 - d])
+        score[i, j] = scale * ((q[i] + content_bias) . k[j] + (q[i] + position_bias) . r[max(far - d, 0)])
         out[i] = sum_j dropout(softmax_j(score[i, :]))[j] * v[j]
 
-    Equivalent, for a causal language model (``P == K``), to this, which allocates several ``(B, H, Q, K)`` tensors::
+    Equivalent, for a causal language model without a clamp (``P == K``), to this, which allocates several
+    ``(B, H, Q, K)`` tensors::
 
         k, v = (torch.cat((m, x), dim=2) for m, x in zip(memory, (k, v)))
         position = F.pad((q + position_bias[:, None]) @ r.mT, (1, 0)).view(B, H, K + 1, Q)[:, :, 1:].reshape(B, H, Q, K)
@@ -341,8 +355,9 @@ def rel_attention(
             every tensor here: ``[len, batch, head, width]`` permuted is fine (a last dimension that is not contiguous
             costs a copy).
         k, v: keys and values of the segment, ``(B, H, T, D)``.
-        r: position rows, ``(H, P, D)``; row ``K - 1 - d`` belongs to distance ``d``, so row ``K - 1`` is distance 0.
-            ``P >= K + min(Q - 1, right)``: ``K`` for a causal language model, ``K + Q - 1`` for a bidirectional one.
+        r: position rows, ``(H, P, D)``; row ``far - d`` belongs to distance ``d``, so row ``far`` is distance 0, and
+            row 0 every distance from ``far`` on. ``P >= far + 1 + min(Q - 1, right)``: without a clamp ``K`` for a
+            causal language model, ``K + Q - 1`` for a bidirectional one.
         content_bias, position_bias: ``(H, D)``, added to the queries of the two products (u and v in the papers); in
             q's dtype or fp32, which is then rounded to q's dtype. Default: zeros.
         memory: keys and values in front of the segment's, each ``(B, H, M, D)``; never concatenated to them.
@@ -355,6 +370,9 @@ def rel_attention(
         scale: factor of the scores; default: ``D ** -0.5``.
         dropout_p: probability of dropping an attention weight, in ``[0, 1)``; the weights that stay are divided by
             ``1 - dropout_p``. The mask follows torch's generator of q's device and is the same on every backend.
+        clamp_len: distances beyond it count as it, and have no rows in ``r``: Transformer-XL's ``clamp_len``. Keys
+            that far away cost no product with positions. Negative distances, of keys ahead, are not clamped.
+            Default: none is.
         backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose. On a GPU
             "native" is a forward alone, for fp16 and bf16 and D up to 128, and not in "auto": no GPU has run it yet.
 
@@ -363,10 +381,10 @@ def rel_attention(
         derivative exists on the eager backend alone.
 
     Raises:
-        ValueError: a wrong rank, shape, device, window, scale, length, probability or backend, or one that has no
-            kernels for the call (a call that needs a gradient, on "native" and a GPU). On a GPU a length outside 0..T
-            gives NaN for its sequence instead.
-        TypeError: a dtype that is not floating point, or two different ones.
+        ValueError: a wrong rank, shape, device, window, scale, length, probability, clamp or backend, or one that has
+            no kernels for the call (a call that needs a gradient, on "native" and a GPU). On a GPU a length outside
+            0..T gives NaN for its sequence instead.
+        TypeError: a dtype that is not floating point, or two different ones; a clamp that is not an int.
 
     Source: arXiv 1901.02860 (github.com/kimiyoung/transformer-xl, RelPartialLearnableMultiHeadAttn), arXiv 2005.08100.
     """
@@ -380,14 +398,16 @@ def rel_attention(
     _check(q, k, v, r, memory or ())
     content_bias, position_bias = _bias("content_bias", content_bias, q), _bias("position_bias", position_bias, q)
     n_keys = k.shape[2] + (0 if k_memory is None else k_memory.shape[2])
-    needed = n_keys + min(q.shape[2] - 1, right)
+    clamp = _clamp(clamp_len)
+    needed = min(n_keys, clamp + 1) + min(q.shape[2] - 1, right)
     if r.shape[1] < needed:
-        raise ValueError(f"r must have at least {needed} positions for {n_keys} keys, not {r.shape[1]}")
+        clamped = "" if clamp_len is None else f" and clamp_len {clamp_len}"
+        raise ValueError(f"r must have at least {needed} positions for {n_keys} keys{clamped}, not {r.shape[1]}")
     if key_lengths is not None:
         _check_key_lengths(key_lengths, q)
         key_lengths = key_lengths.long().contiguous()
     seed = draw_seeds(q.device) if dropout_p > 0 else None
-    options = left, right, scale, float(dropout_p)
+    options = left, right, clamp, scale, float(dropout_p)
     given = q, k, v, r, content_bias, position_bias, k_memory, v_memory
     chosen = choose_kernels(backend, *given)
     if chosen == "eager":

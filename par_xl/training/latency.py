@@ -70,7 +70,7 @@ def measure_blocks(model: ParSuperNet, batch_size: int, bptt: int, rounds: int =
     x, mems = (torch.linspace(-1, 1, math.prod(s), dtype=like.dtype, device=like.device).view(s) for s in shapes)
     model.eval()
     _, relative = model.positions(c.mem_len + bptt, x.dtype)[0]
-    options = {"mems": mems if c.mem_len else None, "window": c.window}
+    options = {"mems": mems if c.mem_len else None, **model.attention_options()}
 
     def seconds(choice: int) -> float:
         _wait(like.device)
