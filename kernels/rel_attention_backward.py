@@ -7,9 +7,13 @@ Two kernels recompute the weights, see rel_attention.py for the layout of a tile
 where dBD is dS moved back to the columns p of r. Per row that is a rotation, whose columns belong to this tile's left
 rows of r or to its right ones, which are the next tile's left: a block of N columns is complete when it comes as left.
 It goes to a scratch (heads, sequences, queries, positions), from which the vendor's product makes dr = dBD^T (q +
-position_bias), and those of dq; heads, sequences and queries take turns in it. Beyond the clamp dS is summed over the
-keys of a query, and the sum added to column 0. The other kernel owns keys and walks
+position_bias), and those of dq; heads, sequences and queries take turns in it. The other kernel owns keys and walks
 over queries, on transposed tiles: dk = dS^T (q + content_bias), dv = P^T grad.
+
+Where distances are clamped, launches of their own, without products of positions, take what lies beyond: of the first
+kernel whole tiles, before the others of the same queries, whose dS they sum for row 0 of r; of the second the keys that
+no query is near. (Two loops in one kernel spill.) The columns of the first tile that is not beyond altogether precede
+those of r in the scratch, for row 0 too.
 """
 
 import itertools
@@ -97,10 +101,12 @@ def _chunks(batch, heads, n_queries, row_bytes, block_m):
 
 
 def _used_rows(r, low, high, n_columns, block_d, n_seen):
-    """Rows [low, high) of r, zeros for those from n_seen on, which belong to no pair and may hold anything."""
-    rows = r[:, low:high]
+    """Rows [low, high) of r, row 0 for those before it, and zeros from n_seen on, where rows belong to no pair and may
+    hold anything."""
+    position = torch.arange(low, high, device=r.device).clamp(min=0)
+    rows = r[:, position]
     if n_seen is not None:
-        rows = torch.where(torch.arange(low, high, device=r.device)[:, None] < n_seen, rows, 0)
+        rows = torch.where(position[:, None] < n_seen, rows, 0)
     return torch.nn.functional.pad(rows, (0, block_d - r.shape[2], 0, n_columns - (high - low)))
 
 
@@ -133,14 +139,16 @@ def backward(
         lse if key_lengths is None else key_lengths, lse if seed is None else seed, strided(grad), peak, delta,
         far_score,
     )  # fmt: skip
+    tiles = backward_tiles(n_queries, block_d, q.dtype, capability())
     flags = dict(
         WIDTH=width, BLOCK_D=block_d, HAS_MEMORY=n_memory > 0, HAS_LENGTHS=key_lengths is not None,
         HAS_DROPOUT=dropout_p > 0, HAS_CLAMP=has_clamp, PART=part, **products(q.dtype),
+        BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
-    tiles = backward_tiles(n_queries, block_d, q.dtype, capability())
     # The rows of r that a window reaches are the columns of the scratch, rounded up to whole tiles.
-    low = max(far - left, 0)
+    # In front of them are the columns of a tile's distances beyond the clamp.
+    low = -tiles.columns if has_clamp else max(far - left, 0)
     high = max(min(far + 1 + right, r.shape[1]), low)
     n_columns = max(triton.cdiv(high - low, tiles.columns), 1) * tiles.columns
     n_seen = None
@@ -155,12 +163,12 @@ def backward(
         d_position_scores = q.new_empty(len(h), len(b) * len(i), n_columns)
         d_content = peak.new_empty(len(h), len(b) * len(i), block_d)
         d_far = peak.new_empty(len(h), len(b) * len(i))
-        differentiate_queries[(len(h) * len(b) * triton.cdiv(len(i), tiles.rows),)](
-            *tensors, norm, d_content, d_far, d_position_scores, h.start, b.start, i.start, len(h), len(b), len(i),
-            heads, n_queries, n_memory, n_keys, r.shape[1], low, n_columns, left, right, far,
-            dropout_p,
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **flags,
-        )  # fmt: skip
+        for near in (False, True) if has_clamp else (True,):
+            differentiate_queries[(len(h) * len(b) * triton.cdiv(len(i), tiles.rows),)](
+                *tensors, norm, d_content, d_far, d_position_scores, h.start, b.start, i.start, len(h), len(b), len(i),
+                heads, n_queries, n_memory, n_keys, r.shape[1], low, n_columns, left, right, far, dropout_p, NEAR=near,
+                **flags,
+            )  # fmt: skip
         if has_clamp:
             d_position_scores[..., 0] += d_far
         of_heads, of_batch, of_queries = (slice(x.start, x.stop) for x in (h, b, i))
@@ -174,15 +182,20 @@ def backward(
             sums[of_heads] += d.sum(1)
         d_queries = (d_content.add_(d_position) * scale).view(len(h), len(b), len(i), block_d)
         dq[of_batch, of_heads, of_queries] = d_queries[..., :width].transpose(0, 1)
-    programs = batch * heads * triton.cdiv(n_keys, tiles.columns)
-    if programs:
-        differentiate_keys[(programs,)](
-            *tensors, norm, strided(dk), strided(dv),
-            strided(dk if absent else dk_memory), strided(dv if absent else dv_memory),
-            heads, n_queries, n_memory, n_keys, r.shape[1], left, right, far, dropout_p,
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **flags,
-        )  # fmt: skip
+    n_blocks = triton.cdiv(n_keys, tiles.columns)
+    n_far = max(n_keys - n_queries - far + 1, 0) // tiles.columns if has_clamp else 0  # blocks of keys no query is near
+    for near, blocks in (False, range(n_far)), (True, range(n_far, n_blocks)):
+        if batch * heads * len(blocks):
+            differentiate_keys[(batch * heads * len(blocks),)](
+                *tensors, norm, strided(dk), strided(dv),
+                strided(dk if absent else dk_memory), strided(dv if absent else dv_memory), blocks.start, len(blocks),
+                heads, n_queries, n_memory, n_keys, r.shape[1], left, right, far, dropout_p, NEAR=near, **flags,
+            )  # fmt: skip
+    beyond = max(-low, 0)
+    if beyond:
+        d_rows[:, beyond] += d_rows[:, :beyond].sum(1)
     dr.zero_()
-    dr[:, low:high] = d_rows[:, : high - low, :width] / LOG2_E  # position_q holds the scale, in powers of two
+    # position_q holds the scale, in powers of two.
+    dr[:, low + beyond : high] = d_rows[:, beyond : high - low, :width] / LOG2_E
     d_content_bias.copy_(d_biases[0, :, :width] * scale)
     d_position_bias.copy_(d_biases[1, :, :width] * scale)

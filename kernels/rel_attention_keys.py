@@ -30,17 +30,15 @@ def seen_by(j, n_queries, n_keys, left, right):
 def differentiate_keys(
     content_q, position_q, k, v, r, k_memory, v_memory, lengths, seed, grad, peak, delta, far_score,
     norm, dk, dv, dk_memory, dv_memory,
-    n_heads, n_queries, n_memory, n_keys, n_positions, left, right, far, dropout_p: tl.float64,
+    first_block, n_blocks, n_heads, n_queries, n_memory, n_keys, n_positions, left, right, far, dropout_p: tl.float64,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CLAMP: tl.constexpr,
-    PART: tl.constexpr,
-    TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    NEAR: tl.constexpr, PART: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n_blocks = tl.cdiv(n_keys, BLOCK_N)
     pid = tl.program_id(0)
     h = pid % n_heads
     b = pid // n_heads // n_blocks
-    n0 = pid // n_heads % n_blocks * BLOCK_N  # the first keys, which most queries see, go first
+    n0 = (first_block + pid // n_heads % n_blocks) * BLOCK_N  # the first keys, which most queries see, go first
     wide: tl.constexpr = peak.dtype.element_ty
 
     a = tl.arange(0, BLOCK_M)
@@ -63,51 +61,46 @@ def differentiate_keys(
     zeros = tl.zeros([BLOCK_N, BLOCK_M], wide)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], wide)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], wide)
-    far_begin = stop
-    if HAS_CLAMP:  # the first of the tiles, up to the last query, whose distances are all at least far
-        tiles = tl.cdiv(tl.maximum(n0 + BLOCK_N - 1 - (n_keys - n_queries) + far - begin, 0), BLOCK_M)
-        far_begin = begin + tiles * BLOCK_M
-    for FAR in tl.static_range(HAS_CLAMP + 1):
-        for m0 in range(far_begin if FAR else begin, stop if FAR else tl.minimum(far_begin, stop), BLOCK_M):
-            i = m0 + a
-            first, last = seen_keys(i, n_queries, n_keys, end, left, right)
-            is_query = (i < stop) & (first < last)
-            content = load_rows(head_rows(content_q, b, h, i), is_query, TYPE, BLOCK_D, BLOCK_D)  # [M, D]
-            d_out = load_rows(head_rows(grad, b, h, i), is_query, TYPE, WIDTH, BLOCK_D)
-            row_peak = tl.load(peak + head + i, mask=is_query, other=float("inf"))[None, :]
-            row_delta = tl.load(delta + head + i, mask=is_query, other=0)[None, :]
-            if FAR:
-                scores = zeros + tl.load(far_score + head + i, mask=is_query, other=0)[None, :]
-            else:
-                position = load_rows(head_rows(position_q, b, h, i), is_query, TYPE, BLOCK_D, BLOCK_D)
-                p = n0 - m0 + far + 1 - (n_keys - n_queries) - BLOCK_N + c  # [N], the rows of left
-                left_r = position_rows(r, h, p, n_positions, HAS_CLAMP, TYPE, WIDTH, BLOCK_D)
-                right_r = position_rows(r, h, p + BLOCK_N, n_positions, HAS_CLAMP, TYPE, WIDTH, BLOCK_D)
-                left_scores = product(left_r, position.T, zeros, PRECISION)  # [N, M]
-                right_scores = product(right_r, position.T, zeros, PRECISION)
-                left_scores = end_chain(left_scores, m0 >= stop)
-                right_scores = end_chain(right_scores, m0 >= stop)
-                scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
-            scores = product(k_tile, content.T, scores, PRECISION)
-            weights = tl.math.exp2(scores - row_peak)
-            if (wide == TYPE) and not PART:
-                weights *= tl.load(norm + head + i, mask=is_query, other=0)[None, :]
-            masked = (m0 < all_begin) | (m0 + BLOCK_M > all_end)
-            visible = (j[:, None] >= first[None, :]) & (j[:, None] < last[None, :]) & is_query[None, :]
-            if masked:
-                weights = tl.where(visible, weights, 0.0)
-            d_weights = product(v_tile, d_out.T, zeros, PRECISION)
-            dropped = weights
-            if HAS_DROPOUT:
-                keep = kept(i[None, :], j[:, None], (seed, dropout_p, b, h, n_heads, n_queries, n_keys))
-                d_weights = tl.where(keep, d_weights / tl.full([1, 1], 1 - dropout_p, wide), 0.0)
-                dropped = tl.where(keep, weights, 0.0)
-            dv_tile = product(dropped.to(TYPE), d_out, dv_tile, PRECISION)
-            d_scores = weights * (d_weights - row_delta)
-            if masked:
-                visible = visible & ((last - first > 1) | PART)[None, :]  # the weight of a single key is 1
-                d_scores = tl.where(visible, d_scores, 0.0)
-            dk_tile = product(d_scores.to(TYPE), content, dk_tile, PRECISION)
+    for m0 in range(begin, stop, BLOCK_M):
+        i = m0 + a
+        first, last = seen_keys(i, n_queries, n_keys, end, left, right)
+        is_query = (i < stop) & (first < last)
+        content = load_rows(head_rows(content_q, b, h, i), is_query, TYPE, BLOCK_D, BLOCK_D)  # [M, D]
+        d_out = load_rows(head_rows(grad, b, h, i), is_query, TYPE, WIDTH, BLOCK_D)
+        row_peak = tl.load(peak + head + i, mask=is_query, other=float("inf"))[None, :]
+        row_delta = tl.load(delta + head + i, mask=is_query, other=0)[None, :]
+        if NEAR:
+            position = load_rows(head_rows(position_q, b, h, i), is_query, TYPE, BLOCK_D, BLOCK_D)
+            p = n0 - m0 + far + 1 - (n_keys - n_queries) - BLOCK_N + c  # [N], the rows of left
+            left_r = position_rows(r, h, p, n_positions, HAS_CLAMP, TYPE, WIDTH, BLOCK_D)
+            right_r = position_rows(r, h, p + BLOCK_N, n_positions, HAS_CLAMP, TYPE, WIDTH, BLOCK_D)
+            left_scores = product(left_r, position.T, zeros, PRECISION)  # [N, M]
+            right_scores = product(right_r, position.T, zeros, PRECISION)
+            left_scores = end_chain(left_scores, m0 >= stop)
+            right_scores = end_chain(right_scores, m0 >= stop)
+            scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
+        else:
+            scores = zeros + tl.load(far_score + head + i, mask=is_query, other=0)[None, :]
+        scores = product(k_tile, content.T, scores, PRECISION)
+        weights = tl.math.exp2(scores - row_peak)
+        if (wide == TYPE) and not PART:
+            weights *= tl.load(norm + head + i, mask=is_query, other=0)[None, :]
+        masked = (m0 < all_begin) | (m0 + BLOCK_M > all_end)
+        visible = (j[:, None] >= first[None, :]) & (j[:, None] < last[None, :]) & is_query[None, :]
+        if masked:
+            weights = tl.where(visible, weights, 0.0)
+        d_weights = product(v_tile, d_out.T, zeros, PRECISION)
+        dropped = weights
+        if HAS_DROPOUT:
+            keep = kept(i[None, :], j[:, None], (seed, dropout_p, b, h, n_heads, n_queries, n_keys))
+            d_weights = tl.where(keep, d_weights / tl.full([1, 1], 1 - dropout_p, wide), 0.0)
+            dropped = tl.where(keep, weights, 0.0)
+        dv_tile = product(dropped.to(TYPE), d_out, dv_tile, PRECISION)
+        d_scores = weights * (d_weights - row_delta)
+        if masked:
+            visible = visible & ((last - first > 1) | PART)[None, :]  # the weight of a single key is 1
+            d_scores = tl.where(visible, d_scores, 0.0)
+        dk_tile = product(d_scores.to(TYPE), content, dk_tile, PRECISION)
 
     dk_tile *= tl.full([1, 1], 0.6931471805599453, wide)  # content_q holds the scale, in powers of two
     dv_tile /= tl.full([1, 1], 1 - dropout_p, wide)

@@ -28,25 +28,6 @@ def in_accumulators(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def differentiate_scores(
-    scores, v_tile, d_out, row_peak, row_delta, i, j, first, last, masked, dropout,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile's weights and the gradients of its scores."""
-    weights = tl.math.exp2(scores - row_peak)
-    d_weights = product(d_out, v_tile.T, tl.zeros(scores.shape, scores.dtype), PRECISION)
-    if HAS_DROPOUT:
-        rest = tl.full([1, 1], 1 - dropout[1], scores.dtype)
-        d_weights = tl.where(kept(i[:, None], j[None, :], dropout), d_weights / rest, 0.0)
-    d_scores = weights * (d_weights - row_delta)
-    if masked:
-        visible = (j[None, :] >= first[:, None]) & (j[None, :] < last[:, None])
-        d_scores = tl.where(visible, d_scores, 0.0)
-        weights = tl.where(visible, weights, 0.0)
-    return weights, d_scores
-
-
-@triton.jit
 def differentiate_queries(
     content_q, position_q, k, v, r, k_memory, v_memory, lengths, seed, grad, peak, delta, far_score,
     norm, d_content, d_far, scratch,
@@ -55,8 +36,7 @@ def differentiate_queries(
     dropout_p: tl.float64,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_MEMORY: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CLAMP: tl.constexpr,
-    PART: tl.constexpr,
-    TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    NEAR: tl.constexpr, PART: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(chunk_queries, BLOCK_M)
     pid = tl.program_id(0)
@@ -77,7 +57,6 @@ def differentiate_queries(
     i = m0 + a
     is_query = i < n_queries
     content = load_rows(head_rows(content_q, b, h, i), is_query, TYPE, BLOCK_D, BLOCK_D)  # [M, D]
-    position = load_rows(head_rows(position_q, b, h, i), is_query, TYPE, BLOCK_D, BLOCK_D)
     d_out = load_rows(head_rows(grad, b, h, i), is_query, TYPE, WIDTH, BLOCK_D)
     row = (b.to(tl.int64) * n_heads + h) * n_queries + i
     row_peak = tl.load(peak + row, mask=is_query, other=float("inf"))[:, None]
@@ -91,80 +70,93 @@ def differentiate_queries(
     begin, all_end = seen_keys(m0, n_queries, n_keys, end, left, right)
     all_begin, stop = seen_keys(last_query, n_queries, n_keys, end, left, right)
 
-    # Tiles start where the first row of left stands at a multiple of BLOCK_N in the scratch, which the columns of
-    # distances beyond the clamp precede: whole tiles of those are walked over first.
+    # Tiles start where the first row of left stands at a multiple of BLOCK_N in the scratch. Those that start before it
+    # are whole tiles beyond the clamp, and another launch's.
     origin = far - (n_keys - n_queries)  # p = j - i + origin
-    before = tl.cdiv(n_keys - 1 - far, BLOCK_N) * BLOCK_N
+    before = tl.cdiv(n_keys, BLOCK_N) * BLOCK_N
     column = (begin - m0 + origin + 1 - first_position + before) // BLOCK_N * BLOCK_N - BLOCK_N - before
     start = column + first_position + m0 - origin - 1 + BLOCK_N
-    near = start
     if HAS_CLAMP:
-        near += tl.maximum(-BLOCK_N - column, 0)
-        column = tl.maximum(column, -BLOCK_N)
-        constant = tl.load(far_score + row, mask=is_query, other=0)[:, None]
-    p = first_position + column + c  # [N], the rows of left
-    zeros = tl.zeros([BLOCK_M, BLOCK_N], wide)
-    from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
-    places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
-    places_back = flatten_tile(place_in_tile(a[:, None], (c[None, :] + a[:, None] + 1) % BLOCK_N, BLOCK_N))
+        near = start + tl.maximum(-column, 0)
+        start = near if NEAR else start
+        stop = stop if NEAR else tl.minimum(near, stop)
+        column = tl.maximum(column, 0)
 
     chunk = (chunk_h.to(tl.int64) * chunk_sequences + chunk_b) * chunk_queries + chunk_row + a
-    scratch_rows = scratch + chunk[:, None] * n_columns + c[None, :]
-    for zero in range(0, tl.minimum(tl.maximum(column, 0), n_columns), BLOCK_N):
-        tl.store(scratch_rows + zero, tl.zeros([BLOCK_M, BLOCK_N], TYPE), mask=is_query[:, None])
-
-    previous = zeros
+    d_content_rows = d_content + chunk[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], wide)
     total = tl.zeros([BLOCK_M, BLOCK_D], wide)
     weight_sum = tl.zeros([BLOCK_M], wide)
-    far_sum = tl.zeros([BLOCK_M], wide)
     dropout = (seed, dropout_p, b, h, n_heads, n_queries, n_keys)
-    for NEAR in tl.static_range(1 - HAS_CLAMP, 2):
+    if NEAR:
+        if HAS_CLAMP:
+            total = tl.load(d_content_rows, mask=is_query[:, None], other=0)
+            weight_sum = tl.load(norm + row, mask=is_query, other=0)
+        scratch_rows = scratch + chunk[:, None] * n_columns + c[None, :]
+        for zero in range(0, tl.minimum(tl.maximum(column, 0), n_columns), BLOCK_N):
+            tl.store(scratch_rows + zero, tl.zeros([BLOCK_M, BLOCK_N], TYPE), mask=is_query[:, None])
+        position = load_rows(head_rows(position_q, b, h, i), is_query, TYPE, BLOCK_D, BLOCK_D)
+        p = first_position + column + c  # [N], the rows of left
+        left_r = position_rows(r, h, p, n_positions, HAS_CLAMP, TYPE, WIDTH, BLOCK_D)
+        left_scores = product(position, left_r.T, zeros, PRECISION)  # [M, N]
+        from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
+        places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
+        places_back = flatten_tile(place_in_tile(a[:, None], (c[None, :] + a[:, None] + 1) % BLOCK_N, BLOCK_N))
+        previous = zeros
+    else:
+        constant = zeros + tl.load(far_score + row, mask=is_query, other=0)[:, None]
+        far_sum = tl.zeros([BLOCK_M], wide)
+    for n0 in range(start, stop, BLOCK_N):
+        j = n0 + c
+        is_key = (j >= begin) & (j < stop)
         if NEAR:
-            left_r = position_rows(r, h, p, n_positions, HAS_CLAMP, TYPE, WIDTH, BLOCK_D)
-            left_scores = product(position, left_r.T, zeros, PRECISION)  # [M, N]
-        for n0 in range(near if NEAR else start, stop if NEAR else tl.minimum(near, stop), BLOCK_N):
-            j = n0 + c
-            is_key = (j >= begin) & (j < stop)
-            k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
-            v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
-            if NEAR:
-                p += BLOCK_N
-                right_r = position_rows(r, h, p, n_positions, HAS_CLAMP, TYPE, WIDTH, BLOCK_D)
-                right_scores = product(position, right_r.T, zeros, PRECISION)
-                right_scores = end_chain(right_scores, n0 >= stop)
-                scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
-                left_scores = right_scores
-            else:
-                scores = zeros + constant
-            scores = product(content, k_tile.T, scores, PRECISION)
-            masked = (n0 < all_begin) | (n0 + BLOCK_N > all_end)
-            weights, d_scores = differentiate_scores(
-                scores, v_tile, d_out, row_peak, row_delta, i, j, first, last, masked, dropout, HAS_DROPOUT, PRECISION
-            )
+            p += BLOCK_N
+            right_r = position_rows(r, h, p, n_positions, False, TYPE, WIDTH, BLOCK_D)
+        k_tile = load_rows(key_rows(k_memory, k, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
+        v_tile = load_rows(key_rows(v_memory, v, b, h, j, n_memory, HAS_MEMORY), is_key, TYPE, WIDTH, BLOCK_D)
+        if NEAR:
+            right_scores = product(position, right_r.T, zeros, PRECISION)
+            right_scores = end_chain(right_scores, n0 >= stop)
+            scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
+            left_scores = right_scores
+        else:
+            scores = constant
+        scores = product(content, k_tile.T, scores, PRECISION)
+        weights = tl.math.exp2(scores - row_peak)
+        d_weights = product(d_out, v_tile.T, zeros, PRECISION)
+        if HAS_DROPOUT:
+            keep = kept(i[:, None], j[None, :], dropout)
+            d_weights = tl.where(keep, d_weights / tl.full([1, 1], 1 - dropout_p, wide), 0.0)
+        d_scores = weights * (d_weights - row_delta)
+        if (n0 < all_begin) | (n0 + BLOCK_N > all_end):
+            visible = (j[None, :] >= first[:, None]) & (j[None, :] < last[:, None])
+            d_scores = tl.where(visible, d_scores, 0.0)
             if NORMALIZE:
-                weight_sum += tl.sum(weights, 1)
-            total = product(d_scores.to(TYPE), k_tile, total, PRECISION)
-            if NEAR:
-                rotated = in_accumulators(permute_tile(d_scores, places_back), TYPE)
-                d_left = tl.where(from_left, rotated, previous)
-                if HAS_CLAMP and column < 0:
-                    far_sum += tl.sum(d_left, 1)
-                tl.store(scratch_rows + column, d_left.to(TYPE), mask=is_query[:, None] & (column >= 0))
-                previous = rotated
-                column += BLOCK_N
-            else:
-                far_sum += tl.sum(d_scores, 1)
-    if HAS_CLAMP:
-        tl.store(d_far + chunk, far_sum, mask=is_query)
-    # What is left of the last tile belongs to its right rows.
-    d_right = tl.where(from_left, 0.0, previous).to(TYPE)
-    tl.store(scratch_rows + column, d_right, mask=is_query[:, None] & (column >= 0) & (column < n_columns))
-    for zero in range(tl.maximum(column + BLOCK_N, 0), n_columns, BLOCK_N):
-        tl.store(scratch_rows + zero, tl.zeros([BLOCK_M, BLOCK_N], TYPE), mask=is_query[:, None])
+                weights = tl.where(visible, weights, 0.0)
+        if NORMALIZE:
+            weight_sum += tl.sum(weights, 1)
+        total = product(d_scores.to(TYPE), k_tile, total, PRECISION)
+        if NEAR:
+            rotated = in_accumulators(permute_tile(d_scores, places_back), TYPE)
+            d_left = tl.where(from_left, rotated, previous).to(TYPE)
+            tl.store(scratch_rows + column, d_left, mask=is_query[:, None] & (column >= 0))
+            previous = rotated
+            column += BLOCK_N
+        else:
+            far_sum += tl.sum(d_scores, 1)
 
+    if NEAR:
+        # What is left of the last tile belongs to its right rows.
+        d_right = tl.where(from_left, 0.0, previous).to(TYPE)
+        tl.store(scratch_rows + column, d_right, mask=is_query[:, None] & (column >= 0) & (column < n_columns))
+        for zero in range(tl.maximum(column + BLOCK_N, 0), n_columns, BLOCK_N):
+            tl.store(scratch_rows + zero, tl.zeros([BLOCK_M, BLOCK_N], TYPE), mask=is_query[:, None])
+        if NORMALIZE:
+            weight_sum = tl.where(weight_sum == 0, 1.0, weight_sum)
+            total = total / weight_sum[:, None]
+            weight_sum = 1 / weight_sum
+    else:
+        tl.store(d_far + chunk, far_sum, mask=is_query)
     if NORMALIZE:
-        weight_sum = tl.where(weight_sum == 0, 1.0, weight_sum)
-        tl.store(norm + row, 1 / weight_sum, mask=is_query)
-        total = total / weight_sum[:, None]
-    d_columns = tl.arange(0, BLOCK_D)
-    tl.store(d_content + chunk[:, None] * BLOCK_D + d_columns, total, mask=is_query[:, None])
+        tl.store(norm + row, weight_sum, mask=is_query)
+    tl.store(d_content_rows, total, mask=is_query[:, None])

@@ -139,6 +139,14 @@ def test_compiled():
     torch.testing.assert_close(*results)
 
 
+def test_attention_received_with_a_clamp():
+    """Across blocks of queries."""
+    q, k, r = (torch.randn(*shape, dtype=torch.float64) for shape in ((1, 2, 70, 8), (1, 2, 75, 8), (2, 21, 8)))
+    rows = 20 - torch.arange(74, -1, -1).clamp(max=20)
+    parts = (k, r, r[:, 0], (*RECENT[:2], 20)), (k, r[:, rows], r[:, 0], RECENT)
+    torch.testing.assert_close(*(attention_received(q, r[:, 1], [part], 0.3) for part in parts))
+
+
 def test_attention_received():
     """Of both parts, across blocks of queries: the column sums of the weights, which the values' gradient is."""
     inputs = arguments(queries=70)

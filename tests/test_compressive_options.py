@@ -13,6 +13,7 @@ OPTIONS = {
     "zero-start": dict(memory_start="zeros"),
     "own-positions": dict(compressed_positions="own"),
     "own-positions-pre-norm": dict(compressed_positions="own", pre_lnorm=True, clamp_len=5),
+    "clamped": dict(clamp_len=5),
     "gated": dict(gated=True),
     "gated-pre-norm": dict(gated=True, pre_lnorm=True),
     "enhanced": dict(enhanced_recurrence=True),

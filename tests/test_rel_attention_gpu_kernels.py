@@ -79,19 +79,19 @@ def launch(width, dtype, clamp_len=UNLIMITED):
 
 def launches_64():
     launch(64, torch.bfloat16)
-    launch(64, torch.bfloat16, clamp_len=100)
+    launch(64, torch.bfloat16, clamp_len=30)
 
 
 def launches_128():
     launch(128, torch.bfloat16)
-    launch(128, torch.bfloat16, clamp_len=100)
+    launch(128, torch.bfloat16, clamp_len=30)
 
 
 def launches_others():
     launch(41, torch.bfloat16)  # rows that are no whole tiles, nor 16 bytes apart
     launch(64, torch.float32)
-    launch(41, torch.bfloat16, clamp_len=100)
-    launch(64, torch.float32, clamp_len=100)
+    launch(41, torch.bfloat16, clamp_len=30)
+    launch(64, torch.float32, clamp_len=30)
 
 
 def test_other_widths_and_types_do_not_spill():

@@ -107,6 +107,18 @@ def test_rel_learnable(states):
     assert_same_gradients(layer(w, r, u, c, mems), expected, [w, mems, r, u, c, *layer.parameters()])
 
 
+@pytest.mark.parametrize("kind", [RelPartialLearnableMultiHeadAttn, RelLearnableMultiHeadAttn])
+def test_clamped_distances_share_a_row(states, kind):
+    layer, (w, mems) = random_(kind(*SIZES)).double(), states
+    rows = 3 - torch.arange(M + T - 1, -1, -1).clamp(max=3)
+    shapes = ((4, D_MODEL), (HEADS, WIDTH), (HEADS, WIDTH))
+    if kind is RelLearnableMultiHeadAttn:
+        shapes = (4, HEADS, WIDTH), (HEADS, WIDTH), (4, HEADS)
+    r, u, x = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    expected = layer(w, r[rows], u, x[rows] if kind is RelLearnableMultiHeadAttn else x, mems)
+    assert_same_gradients(layer(w, r, u, x, mems, clamp_len=3), expected, [w, mems, r, u, x, *layer.parameters()])
+
+
 @pytest.mark.parametrize("left", [None, 2])
 def test_attention_without_positions_normalises_keys_and_values_alone(states, left):
     layer = random_(MultiHeadAttn(*SIZES, pre_lnorm=True)).double()

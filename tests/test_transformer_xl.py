@@ -81,6 +81,26 @@ def test_streaming_equals_full_context(text, options):
     torch.testing.assert_close(streamed[1], hidden)
 
 
+@pytest.mark.parametrize("options", [{"clamp_len": 5}, {"attn_type": 1, "max_klen": 6}])
+def test_distances_that_count_as_one_have_one_row(text, options, monkeypatch):
+    """The positions end where all farther distances are the same, which changes neither loss nor gradients."""
+    model, results = make(mem_len=2 * T, **options), []
+    for n_rows in (6, 3 * T):
+        assert len(model.positions(3 * T, torch.float64)[0][1][0]) == n_rows
+        memory = model(text[:, T : 3 * T]).memory
+        results.append(gradients(model, text, memory=memory))
+        monkeypatch.setattr(TransformerXL, "_clamp_len", lambda self: None)
+    torch.testing.assert_close(*results)
+
+
+def test_dropout_makes_clamped_rows_differ():
+    """Each distance has a mask of its own, as upstream, and so a row of its own."""
+    model = make(clamp_len=5, dropout=0.5).train()
+    rows = model.positions(3 * T, torch.float64)[0][1][0]
+    assert len(rows) == 3 * T and len(rows[: 3 * T - 5].unique(dim=0)) > 1
+    assert model.attention_options() == {"window": None, "clamp_len": None}
+
+
 @pytest.mark.parametrize("attn_type", TYPES)
 def test_memory_is_what_the_layers_read_and_is_left_alone(text, attn_type):
     """Upstream's types 2 and 3 add positions to the cached tensors in place, again at every segment."""
