@@ -220,15 +220,16 @@ def _forward(
     near = begin
     if HAS_CLAMP:  # whole tiles of farther keys come before it
         near += tl.maximum(m0 + n_keys - n_queries - far + 1 - begin, 0) // BLOCK_N * BLOCK_N
-        constant = zeros + far_scores(position_q, r, h, wide, WIDTH, BLOCK_D)
-    position = near - m0 + far + 1 - (n_keys - n_queries) - BLOCK_N + c  # [N], the rows of left
     from_left = c[None, :] >= BLOCK_N - 1 - a[:, None]
     places = flatten_tile(place_in_tile(a[:, None], (c[None, :] + (BLOCK_N - 1 - a[:, None])) % BLOCK_N, BLOCK_N))
 
     for NEAR in tl.static_range(1 - HAS_CLAMP, 2):
         if NEAR:
+            position = near - m0 + far + 1 - (n_keys - n_queries) - BLOCK_N + c  # [N], the rows of left
             left_r = position_rows(r, h, position, n_positions, HAS_CLAMP, TYPE, WIDTH, BLOCK_D)
             left_scores = product(position_q, left_r.T, zeros, PRECISION)  # [M, N]
+        else:
+            constant = zeros + far_scores(position_q, r, h, wide, WIDTH, BLOCK_D)
         for n0 in range(near if NEAR else begin, stop if NEAR else tl.minimum(near, stop), BLOCK_N):
             j = n0 + c
             is_key = j < stop

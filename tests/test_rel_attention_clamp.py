@@ -9,26 +9,26 @@ from par_xl.testing import make_inputs, run
 
 # The interpreter's tiles are 64 queries by 64 keys, or 16 by 64; the C++ kernel's blocks are at most 96 queries.
 GEOMETRIES = {
-    "inside-a-tile": attention(2, 2, 70, 70, 90, 16, clamp_len=40),
+    "inside-a-tile": attention(2, 1, 70, 70, 90, 16, clamp_len=40),
     "three-tiles-beyond": attention(1, 1, 130, 130, 200, 8, clamp_len=100),
     "at-the-edge-of-a-tile": attention(1, 2, 64, 64, 128, 8, clamp_len=65),
     "one-before-the-edge": attention(1, 2, 64, 64, 128, 8, clamp_len=66),
     "one-behind-the-edge": attention(1, 2, 64, 64, 128, 8, clamp_len=64),
     "in-the-first-tile": attention(1, 2, 70, 70, 90, 8, clamp_len=158),
-    "one-row": attention(2, 2, 70, 70, 30, 16, clamp_len=0),
+    "one-row": attention(1, 2, 70, 70, 30, 8, clamp_len=0),
     "no-memory": attention(1, 2, 130, 130, None, 8, clamp_len=63),
     "decoding": attention(2, 2, 1, 1, 99, 16, clamp_len=13),
     "few-queries": attention(1, 2, 5, 5, 150, 8, clamp_len=20),
     "window": attention(1, 2, 70, 70, 90, 8, clamp_len=40, window=(100, 0)),
     "window-within": attention(1, 2, 70, 70, 90, 8, clamp_len=40, window=(30, 0)),
-    "lengths": attention(3, 1, 70, 70, 90, 8, clamp_len=40, key_lengths=lengths(70, 0, 33)),
+    "lengths": attention(3, 1, 70, 70, 40, 8, clamp_len=40, key_lengths=lengths(70, 0, 33)),
     "all-real-keys-beyond": attention(2, 1, 70, 70, None, 8, clamp_len=68, key_lengths=lengths(1, 0)),
     "bidirectional": attention(2, 1, 90, 90, 20, 8, clamp_len=16, causal=False),
     "context": attention(1, 2, 90, 90, None, 8, clamp_len=16, causal=False, window=(70, 30)),
     "more-queries": attention(1, 2, 90, 30, 3, 8, clamp_len=4),
     "more-keys": attention(1, 2, 9, 80, 90, 8, clamp_len=100),
     "spare-positions": attention(1, 2, 20, 20, 90, 8, clamp_len=30, spare=7),
-    "dropout": attention(2, 2, 70, 70, 90, 8, clamp_len=40, dropout_p=0.3),
+    "dropout": attention(1, 2, 70, 70, 90, 8, clamp_len=40, dropout_p=0.3),
 }
 
 
