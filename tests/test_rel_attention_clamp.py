@@ -85,9 +85,10 @@ def test_unused_positions_do_not_leak(options, unused, backend, device):
     for rows in unused:
         dirty["r"][:, rows] = torch.nan
     dirty["r"].requires_grad_()
-    call = lambda **x: par_xl.rel_attention(**x, backend=backend)  # noqa: E731
-    for got, wanted in zip(run(call, dirty), run(call, clean), strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+    for name in ("eager", backend):
+        call = lambda name=name, **x: par_xl.rel_attention(**x, backend=name)  # noqa: E731
+        for got, wanted in zip(run(call, dirty), run(call, clean), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
 
 
 def test_keys_ahead_are_not_clamped(backend, device):
