@@ -61,7 +61,7 @@ class ForwardChecks:
     def test_lse(self, name, dtype, backend, device):
         inputs = make_inputs(self.cases[name], dtype, device)
         left, right = (UNLIMITED if x is None else x for x in inputs.get("window") or (None, None))
-        limits = left, 0 if inputs.get("causal", True) else right
+        limits = left, 0 if inputs.get("causal", True) else right, UNLIMITED
         q, k, v, r, *biases = (inputs[x].detach() for x in ("q", "k", "v", "r", "content_bias", "position_bias"))
         memory, key_lengths = inputs.get("memory", (None, None)), inputs.get("key_lengths")
         memory = [x if x is None else x.detach() for x in memory]

@@ -83,12 +83,18 @@ struct Copies {
         : shared(shared), k_memory(p.k_memory, b, h), v_memory(p.v_memory, b, h), k(p.k, b, h, -p.memory),
           v(p.v, b, h, -p.memory), r(p.r, 0, h), n_memory(int(p.memory)), positions(int(p.positions)),
           width(int(p.width)), begin(block.begin), stop(block.stop),
-          first_position(block.begin - m0 + int(p.queries) - BLOCK_ROWS), whole(whole) {}
+          first_position(block.begin - m0 + far_row(p) + 1 - BLOCK_ROWS), whole(whole) {}
+
+    // The position of query 0 and key 0; without a clamp Q - 1.
+    static __device__ int far_row(const RelAttention& p) {
+        const int64_t n_keys = p.keys + p.memory;
+        return int(min(n_keys - 1, p.clamp_len) - n_keys + p.queries);
+    }
 
     template <int COUNT>
     __device__ __forceinline__ void start_positions(int first) {  // COUNT of those that the block needs
         const int position = first_position + first;
-        // No pair uses what would be before the first row of r.
+        // What would be before the first row of r no pair uses, or is beyond the clamp and counts as that row.
         auto source = [&](int row) { return r.at(max(position + row, 0)); };
         copy_rows<THREADS, COUNT, T>(shared.r, first % shared.RING, source, positions - position, width, whole);
     }

@@ -25,14 +25,11 @@ from par_xl.ops.registry import acc_dtype, first_derivative_only
 from par_xl.ops.rel_attention import (
     BACKWARD,
     FORWARD,
-    UNLIMITED,
-    _bias,
-    _check,
-    _check_tensor,
     choose_kernels,
     dropout_keep,
     masked_scores,
 )
+from par_xl.ops.rel_attention_inputs import UNLIMITED, bias_of, check_tensor, check_tensors
 
 COMPRESSED = UNLIMITED, UNLIMITED, UNLIMITED  # every query sees every compressed key
 RECENT = UNLIMITED, 0, UNLIMITED
@@ -144,20 +141,20 @@ def compressed_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if scale < 0 or not 0 <= dropout_p < 1:
         raise ValueError(f"scale must not be negative and dropout_p lie in [0, 1), not {scale} and {dropout_p}")
-    _check(q, k, v, r, memory or ())
+    check_tensors(q, k, v, r, memory or ())
     batch, heads, n_queries, width = q.shape
     n_compressed = compressed[0].shape[-2]
     if n_compressed == 0:
         raise ValueError(f"compressed must hold keys, not shape {tuple(compressed[0].shape)}")
     for i, x in enumerate(compressed):
-        _check_tensor(f"compressed[{i}]", x, q, (batch, heads, n_compressed, width), "(B, H, C, D)")
+        check_tensor(f"compressed[{i}]", x, q, (batch, heads, n_compressed, width), "(B, H, C, D)")
     wanted = heads, n_compressed + n_queries - 1, width
-    _check_tensor("compressed_r", compressed_r, q, wanted, "(H, C + Q - 1, D)")
+    check_tensor("compressed_r", compressed_r, q, wanted, "(H, C + Q - 1, D)")
     n_keys = k.shape[2] + (memory[0].shape[2] if memory else 0)
     if r.shape[1] < n_keys or n_keys < n_queries:
         raise ValueError(f"r must have at least {n_keys} positions and k as many keys as queries, not {r.shape[1]}")
-    biases = _bias("content_bias", content_bias, q), _bias("position_bias", position_bias, q)
-    own = compressed_r, _bias("compressed_bias", compressed_bias, q)
+    biases = bias_of("content_bias", content_bias, q), bias_of("position_bias", position_bias, q)
+    own = compressed_r, bias_of("compressed_bias", compressed_bias, q)
     old: tuple[Tensor | None, Tensor | None] = memory or (None, None)
     given = q, k, v, r, *biases, *old, *compressed, *own
     seeds = draw_seeds(q.device, 2) if dropout_p > 0 else None

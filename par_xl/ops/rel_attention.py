@@ -13,7 +13,6 @@ p = max(far - d, 0) of r belongs to that distance, where far = min(K - 1, clamp_
 Dai et al.: Transformer-XL (arXiv 1901.02860); Gulati et al.: Conformer (arXiv 2005.08100).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,8 +20,15 @@ from torch import Tensor
 
 from par_xl.ops.philox import draw_seeds, philox
 from par_xl.ops.registry import _C, DTYPES, Op, acc_dtype, choose, first_derivative_only
+from par_xl.ops.rel_attention_inputs import (
+    bias_of,
+    check_key_lengths,
+    check_length_values,
+    check_tensors,
+    clamp_of,
+    limits_of,
+)
 
-UNLIMITED = 2**31 - 1  # a window without an end, no clamp
 WIDEST = 128  # head width of the CUDA kernel
 
 
@@ -149,7 +155,7 @@ def _no_fp64_on_a_gpu(device: str, dtype: torch.dtype) -> str:
 @FORWARD.implement("native", lacks=_half_on_a_gpu, by_name=("cuda",))
 def _forward_native(*inputs):
     q, k, key_lengths = inputs[0], inputs[1], inputs[8]
-    _check_length_values(key_lengths, k.shape[2])
+    check_length_values(key_lengths, k.shape[2])
     problem = _problem(*inputs)
     out, lse = _fake_forward(q)
     if q.is_cuda:
@@ -196,7 +202,7 @@ def _backward_native(grad, *inputs):
 def _forward_triton(*inputs):
     from par_xl.kernels.rel_attention import forward
 
-    _check_length_values(inputs[8], inputs[1].shape[2])
+    check_length_values(inputs[8], inputs[1].shape[2])
     out, lse = _fake_forward(inputs[0])
     forward(*inputs, out, lse)
     return out, lse
@@ -233,59 +239,6 @@ class RelAttention(torch.autograd.Function):
         return *wanted, *[None] * 8
 
 
-def _check_tensor(name: str, x: Tensor, q: Tensor, shape: tuple[int | None, ...], why: str) -> None:
-    """``shape`` holds None where any size will do; ``why`` says in words what the sizes mean."""
-    if x.dim() != len(shape) or any(n is not None and size != n for size, n in zip(x.shape, shape, strict=True)):
-        sizes = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name} must have shape ({sizes}), {why}, not {tuple(x.shape)}")
-    if x.dtype != q.dtype:
-        raise TypeError(f"{name} must have the dtype of q {q.dtype}, not {x.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{name} must be on {q.device} as q is, not on {x.device}")
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, r: Tensor, memory: Sequence[Tensor]) -> None:
-    if q.dim() != 4:
-        raise ValueError(f"q must have 4 dimensions, (B, H, Q, D), not shape {tuple(q.shape)}")
-    if not q.is_floating_point():
-        raise TypeError(f"q must be floating point, not {q.dtype}")
-    batch, heads, _, width = q.shape
-    _check_tensor("k", k, q, (batch, heads, None, width), "(B, H, T, D)")
-    _check_tensor("v", v, q, tuple(k.shape), "that of k")
-    _check_tensor("r", r, q, (heads, None, width), "(H, P, D)")
-    if memory:
-        _check_tensor("memory[0]", memory[0], q, (batch, heads, None, width), "(B, H, M, D)")
-        _check_tensor("memory[1]", memory[1], q, tuple(memory[0].shape), "that of memory[0]")
-
-
-def _bias(name: str, bias: Tensor | None, q: Tensor) -> Tensor:
-    if bias is None:
-        return q.new_zeros(q.shape[1], q.shape[3])
-    if bias.dtype == torch.float32:  # a parameter under autocast
-        bias = bias.to(q.dtype)
-    _check_tensor(name, bias, q, (q.shape[1], q.shape[3]), "(H, D)")
-    return bias.contiguous()
-
-
-def _check_key_lengths(key_lengths: Tensor, q: Tensor) -> None:
-    if key_lengths.shape != (q.shape[0],):
-        raise ValueError(
-            f"key_lengths must have shape ({q.shape[0]},), one for each sequence, not {tuple(key_lengths.shape)}"
-        )
-    if key_lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"key_lengths must be int32 or int64, not {key_lengths.dtype}")
-    if key_lengths.device != q.device:
-        raise ValueError(f"key_lengths must be on {q.device} as q is, not on {key_lengths.device}")
-
-
-def _check_length_values(key_lengths: Tensor | None, n_keys: int) -> None:
-    """Where the host can look: on the CPU, in code that is not being traced."""
-    if key_lengths is not None and key_lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-        for n in key_lengths.tolist():
-            if not 0 <= n <= n_keys:
-                raise ValueError(f"key_lengths must lie between 0 and {n_keys}, the keys of the segment, not {n}")
-
-
 def choose_kernels(backend: str | None, q: Tensor, *others: Tensor | None) -> str:
     """The backend for these inputs; an error where the one asked for by name lacks what they need."""
     chosen = choose(FORWARD, backend, q)
@@ -294,26 +247,6 @@ def choose_kernels(backend: str | None, q: Tensor, *others: Tensor | None) -> st
     if chosen == "native" and q.is_cuda and q.shape[3] > WIDEST:
         raise ValueError(f'backend="native" takes widths up to {WIDEST} on cuda, not {q.shape[3]}; "triton" takes any')
     return chosen
-
-
-def _limits(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
-    """The largest and the smallest distance that see each other, as (left, right): -right <= d <= left."""
-    left, right = (UNLIMITED if limit is None else limit for limit in window or (None, None))
-    if left < -1 or right < 0:
-        raise ValueError(f"window must be (left, right) with left >= -1 and right >= 0, not {window}")
-    if causal and right not in (0, UNLIMITED):
-        raise ValueError(f"window must not look {right} steps to the right when causal is True; it was {window}")
-    return min(left, UNLIMITED), 0 if causal else min(right, UNLIMITED)
-
-
-def _clamp(clamp_len: int | None) -> int:
-    if clamp_len is None:
-        return UNLIMITED
-    if not isinstance(clamp_len, int):
-        raise TypeError(f"clamp_len must be an int or None, not {type(clamp_len).__name__}")
-    if clamp_len < 0:
-        raise ValueError(f"clamp_len must not be negative, not {clamp_len}")
-    return min(clamp_len, UNLIMITED)
 
 
 def rel_attention(
@@ -388,30 +321,30 @@ def rel_attention(
 
     Source: arXiv 1901.02860 (github.com/kimiyoung/transformer-xl, RelPartialLearnableMultiHeadAttn), arXiv 2005.08100.
     """
-    left, right = _limits(causal, window)
+    left, right = limits_of(causal, window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if scale < 0:
         raise ValueError(f"scale must not be negative, not {scale}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), not {dropout_p}")
     k_memory, v_memory = (None, None) if memory is None else memory
-    _check(q, k, v, r, memory or ())
-    content_bias, position_bias = _bias("content_bias", content_bias, q), _bias("position_bias", position_bias, q)
+    check_tensors(q, k, v, r, memory or ())
+    content_bias, position_bias = bias_of("content_bias", content_bias, q), bias_of("position_bias", position_bias, q)
     n_keys = k.shape[2] + (0 if k_memory is None else k_memory.shape[2])
-    clamp = _clamp(clamp_len)
+    clamp = clamp_of(clamp_len)
     needed = min(n_keys, clamp + 1) + min(q.shape[2] - 1, right)
     if r.shape[1] < needed:
         clamped = "" if clamp_len is None else f" and clamp_len {clamp_len}"
         raise ValueError(f"r must have at least {needed} positions for {n_keys} keys{clamped}, not {r.shape[1]}")
     if key_lengths is not None:
-        _check_key_lengths(key_lengths, q)
+        check_key_lengths(key_lengths, q)
         key_lengths = key_lengths.long().contiguous()
     seed = draw_seeds(q.device) if dropout_p > 0 else None
     options = left, right, clamp, scale, float(dropout_p)
     given = q, k, v, r, content_bias, position_bias, k_memory, v_memory
     chosen = choose_kernels(backend, *given)
     if chosen == "eager":
-        _check_length_values(key_lengths, k.shape[2])
+        check_length_values(key_lengths, k.shape[2])
         return rel_attention_reference(*given, key_lengths, seed, *options)
     tensors = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in given)
     return RelAttention.apply(*tensors, key_lengths, seed, *options, chosen)
