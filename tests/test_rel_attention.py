@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import par_xl
-from par_xl.ops.rel_attention import BACKWARD, FORWARD, UNLIMITED, dropout_keep, masked_scores
+from par_xl.ops.rel_attention import BACKWARD, FORWARD, dropout_keep, masked_scores
+from par_xl.ops.rel_attention_inputs import UNLIMITED
 from par_xl.testing import OpChecks, assert_capturable, make_inputs, peak_memory, run
 
 

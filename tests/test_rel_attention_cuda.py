@@ -11,7 +11,8 @@ from test_rel_attention import attention, lengths
 import par_xl
 from par_xl.machine_code import cuda_kernels, has_cuda_kernels
 from par_xl.ops import registry
-from par_xl.ops.rel_attention import FORWARD, UNLIMITED, choose_kernels, dropout_keep, masked_scores
+from par_xl.ops.rel_attention import FORWARD, choose_kernels, dropout_keep, masked_scores
+from par_xl.ops.rel_attention_inputs import UNLIMITED
 from par_xl.testing import assert_capturable, largest_error, make_inputs, promoted, restrided
 
 

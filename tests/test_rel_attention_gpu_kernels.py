@@ -6,7 +6,7 @@ from test_rel_attention import attention
 
 import par_xl
 from par_xl.machine_code import compile_launches
-from par_xl.ops.rel_attention import UNLIMITED
+from par_xl.ops.rel_attention_inputs import UNLIMITED
 from par_xl.testing import make_inputs, run
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these run in the interpreter, on the CPU")
