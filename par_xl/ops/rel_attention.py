@@ -54,7 +54,8 @@ def masked_scores(
     far = min(n_keys - 1, clamp_len)
     row_distance = far - torch.arange(n_positions, device=q.device)
     farthest = torch.where(row_distance == far, n_keys - 1, row_distance).clamp(max=left)  # that the row belongs to
-    used = (-right <= farthest) & (row_distance <= farthest) & (farthest[:, None] > n_keys - n_queries - ends).any(1)
+    seen = (farthest[:, None] > n_keys - n_queries - ends) & (ends > 0)
+    used = (-right <= farthest) & (row_distance <= farthest) & seen.any(1)
     by_row = (q + position_bias[:, None]) @ torch.where(used[:, None], r, 0.0).mT  # (B, H, Q, P)
     row = (far - distance).clamp(0, n_positions - 1).expand(*q.shape[:2], -1, -1)
     scores = scale * ((q + content_bias[:, None]) @ k.mT + by_row.gather(3, row))
