@@ -304,22 +304,13 @@ __global__ void __launch_bounds__(THREADS, 2) attend(RelAttention p, Heads out, 
     store_rows<T, WIDTH>(mean, top, total, HeadRows<T>(out, b, h), lse_of_head, p, i0, sight.possible, whole);
 }
 
-template <class T, int WIDTH, int KEYS>
+// Tiles of 64 keys where a block then has room on every device (99 KB on sm_86), else of 32.
+template <class T, int WIDTH>
 void launch(const RelAttention& p, Heads out, float* lse, bool whole, cudaStream_t stream) {
-    constexpr int bytes = sizeof(Shared<WIDTH, KEYS>);
+    constexpr int KEYS = WIDTH <= 64 ? 64 : 32, bytes = sizeof(Shared<WIDTH, KEYS>);
     const int64_t blocks = p.batch * p.heads * ceil_div(p.queries, BLOCK_ROWS);
     cudaFuncSetAttribute(attend<T, WIDTH, KEYS>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     attend<T, WIDTH, KEYS><<<unsigned(blocks), THREADS, bytes, stream>>>(p, out, lse, whole);
-}
-
-// Tiles of 64 keys where two blocks of a multiprocessor, which has `available` bytes, then have room for theirs.
-template <class T, int WIDTH>
-void launch_width(const RelAttention& p, Heads out, float* lse, bool whole, int available, cudaStream_t stream) {
-    constexpr int SYSTEM = 1024;  // bytes of a block that are not its own
-    if constexpr (WIDTH <= 96)
-        if (2 * (int(sizeof(Shared<WIDTH, 64>)) + SYSTEM) <= available)
-            return launch<T, WIDTH, 64>(p, out, lse, whole, stream);
-    launch<T, WIDTH, 32>(p, out, lse, whole, stream);
 }
 
 bool aligned(const Heads& x) {
@@ -329,11 +320,11 @@ bool aligned(const Heads& x) {
 
 // The smallest of the padded widths that holds the head width.
 template <class T, int... WIDTHS>
-void launch_type(const RelAttention& p, Heads out, float* lse, int available, cudaStream_t stream,
+void launch_type(const RelAttention& p, Heads out, float* lse, cudaStream_t stream,
                  std::integer_sequence<int, WIDTHS...>) {
     bool whole = p.width % 8 == 0;
     for (const Heads& x : {p.k, p.v, p.r, p.k_memory, p.v_memory, out}) whole = whole && aligned(x);
-    (void)((p.width <= WIDTHS && (launch_width<T, WIDTHS>(p, out, lse, whole, available, stream), true)) || ...);
+    (void)((p.width <= WIDTHS && (launch<T, WIDTHS>(p, out, lse, whole, stream), true)) || ...);
 }
 
 }  // namespace
@@ -348,13 +339,10 @@ void rel_attention_forward(const RelAttention& given, Heads out, float* lse, voi
             throw std::invalid_argument("the CUDA kernel of rel_attention takes steps at most 2^32 elements apart");
     p.left = p.left < p.keys + p.memory ? p.left : p.keys + p.memory;
     p.right = p.right < p.queries ? p.right : p.queries - 1;
-    int device, available;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     constexpr std::integer_sequence<int, 32, 48, 64, 80, 96, 128> widths;
     const auto s = static_cast<cudaStream_t>(stream);
-    p.dtype == DType::f16 ? launch_type<__half>(p, out, lse, available, s, widths)
-                          : launch_type<__nv_bfloat16>(p, out, lse, available, s, widths);
+    p.dtype == DType::f16 ? launch_type<__half>(p, out, lse, s, widths)
+                          : launch_type<__nv_bfloat16>(p, out, lse, s, widths);
     check_launch("rel_attention_forward");
 }
 

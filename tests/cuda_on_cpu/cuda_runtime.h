@@ -108,16 +108,12 @@ void __stwb(T* to, T x) { *to = x; }
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMaxSharedMemoryPerMultiprocessor };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 
 inline cudaError_t cudaGetLastError() { return std::exchange(emulator::launch_failed, false) ? cudaErrorInvalidConfiguration : cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid launch configuration" : "no error"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    const bool of_block = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin;
-    *value = of_block ? int(emulator::MOST_SHARED) : emulator::multiprocessor_shared;
-    return cudaSuccess;
-}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = emulator::MOST_SHARED, cudaSuccess; }
 template <class Function>
 cudaError_t cudaFuncSetAttribute(Function* function, cudaFuncAttribute, int bytes) {
     if (size_t(bytes) > emulator::MOST_SHARED) return cudaErrorInvalidConfiguration;

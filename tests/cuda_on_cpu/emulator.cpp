@@ -4,9 +4,6 @@
 // The order of blocks and threads of the launches that follow.
 extern "C" void emulator_seed(unsigned seed) { emulator::order.seed(seed); }
 
-// The shared memory of a multiprocessor of the device that the launches that follow find.
-extern "C" void emulator_multiprocessor(int bytes) { emulator::multiprocessor_shared = bytes; }
-
 // The compiler's checks of alignment and of array bounds (-fsanitize) end here, and not in its library. What they pass
 // begins with the place.
 extern "C" void __ubsan_handle_type_mismatch_v1(const emulator::Place* place, void*) {

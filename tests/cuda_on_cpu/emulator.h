@@ -72,7 +72,6 @@ inline std::mt19937 order;
 alignas(128) inline unsigned char shared[MOST_SHARED + GUARD];  // dynamic: what stands for `extern __shared__`
 inline size_t shared_bytes;
 inline std::map<const void*, size_t> allowed_shared;  // by kernel
-inline int multiprocessor_shared = 164 << 10;  // bytes; what the device says of itself
 
 inline int below(int n) { return int(order() % unsigned(n)); }
 

@@ -93,7 +93,7 @@ class Emulator:
             sys.setdlopenflags(flags)
         self._C = SimpleNamespace(**{k: v for k, v in vars(module).items() if not k.endswith("_cpu")})
         self.library = ctypes.CDLL(folder / "libkernels.so")
-        self.seed, self.multiprocessor = self.library.emulator_seed, self.library.emulator_multiprocessor
+        self.seed = self.library.emulator_seed
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -58,7 +58,6 @@ class OnEmulator:
     @pytest.fixture(autouse=True)
     def _on_emulator(self, emulator):
         emulator.seed(0)
-        emulator.multiprocessor(164 << 10)
         self.emulator = emulator
         with emulator.runs(*self.ops):
             yield
@@ -116,13 +115,6 @@ class TestRelAttention(OnEmulator, ForwardChecks):
         op = sys.modules["par_xl.ops.rel_attention"]  # par_xl.ops.rel_attention is the function
         monkeypatch.setattr(op, "check_length_values", lambda *_: None)
         self.check_lengths(values, dtype, backend, "cpu")
-
-    @pytest.mark.parametrize("kilobytes", [100, 164, 228])
-    @pytest.mark.parametrize("name", ["memory", "two-sided-window", "around-the-ring", "width-80", "long-window"])
-    def test_tiles_of_other_devices(self, name, kilobytes, dtype, backend):
-        """Both lengths of a tile for every width that has both."""
-        self.emulator.multiprocessor(kilobytes << 10)
-        self.test_output_error(self.cases[name], dtype, backend, "cpu")
 
     def test_compressed_attention(self, dtype, backend):
         """Two calls, joined by their log-sum-exps."""
