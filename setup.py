@@ -2,7 +2,7 @@
 
 PAR_XL_SKIP_CUDA=1           leaves the CUDA kernels out
 PAR_XL_CUDA_ARCHS="80 90"    compiles for these architectures (default: 80 90 100); PTX of the last one is added
-CXX, CUDA_HOME               choose the compilers
+CXX, CXXFLAGS, CUDA_HOME     choose the compilers, add to the C++ compiler's options
 """
 
 import os
@@ -83,12 +83,13 @@ class NinjaBuild(build_ext):
             n = ninja.ninja_syntax.Writer(file, width=4096)
             n.rule(
                 "cxx",
-                f"$cxx {CXX_FLAGS} {defines} {include} $flags -MMD -MF $out.d -c $in -o $out",
+                f"$cxx {CXX_FLAGS} {defines} {include} $flags $cxxflags -MMD -MF $out.d -c $in -o $out",
                 depfile="$out.d",
                 deps="gcc",
             )
             n.rule("link", "$cxx $in $flags -o $out")
             n.variable("cxx", os.environ.get("CXX", "g++"))
+            n.variable("cxxflags", os.environ.get("CXXFLAGS", ""))
 
             def compile(source, rule, name, flags=""):
                 objects.append(str(out / f"{name}.o"))

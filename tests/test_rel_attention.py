@@ -283,7 +283,7 @@ class TestRelAttention(OpChecks):
                 torch.testing.assert_close(x, y)
 
     def test_dropout_gradcheck(self, backend, device):
-        inputs = make_inputs(attention(1, 2, 3, 3, 2, 2, dropout_p=0.4), torch.float64, device)
+        inputs = make_inputs(attention(1, 1, 3, 3, 2, 2, dropout_p=0.4), torch.float64, device)
         function = lambda q, v, r: seeded(**{**inputs, "q": q, "v": v, "r": r}, backend=backend)  # noqa: E731
         assert torch.autograd.gradcheck(function, (inputs["q"], inputs["v"], inputs["r"]), nondet_tol=0.0)
 
