@@ -160,6 +160,11 @@ def test_a_block_mixes_its_branches_by_one_sample(text, options):
         torch.testing.assert_close(after, x)
         x = w[0] * layer.dec_attn(x, *relative, mems=mems) + w[1] * layer.pos_ff(x) + w[2] * x
     torch.testing.assert_close(output.hidden, x)
+    w = torch.tensor([0.3, 0.9, 0.2], dtype=x.dtype, requires_grad=True)  # the formula holds whatever their sum
+    wanted = w[0] * layer.dec_attn(x, *relative, mems=mems) + w[1] * layer.pos_ff(x) + w[2] * x
+    got = layer(x, *relative, mems=mems, weights=w, choice=None)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), w)[0] for out in (got, wanted)))
 
 
 @pytest.mark.parametrize("options", [{}, {"untie_r": False}, {"pre_lnorm": True}])

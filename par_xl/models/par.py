@@ -77,7 +77,7 @@ class StochasticBlock(DecoderLayer):
     def _mixed(self, x: Tensor, attended: Tensor, weights: Tensor) -> Tensor:
         dense = self.pos_ff.branch(x)
         if self.pos_ff.pre_lnorm:
-            return x + weights[0] * attended + weights[1] * dense  # the weights' sum is 1
+            return weights.sum() * x + weights[0] * attended + weights[1] * dense
         norms = [p for part in (self.dec_attn, self.pos_ff) for p in (part.layer_norm.weight, part.layer_norm.bias)]
         return mix(x, attended, dense, weights, *norms, eps=self.pos_ff.layer_norm.eps)
 

@@ -304,9 +304,9 @@ def rel_attention(
         scale: factor of the scores; default: ``D ** -0.5``.
         dropout_p: probability of dropping an attention weight, in ``[0, 1)``; the weights that stay are divided by
             ``1 - dropout_p``. The mask follows torch's generator of q's device and is the same on every backend.
-        clamp_len: distances beyond it count as it, and have no rows in ``r``: Transformer-XL's ``clamp_len``. Keys
-            that far away cost no product with positions. Negative distances, of keys ahead, are not clamped.
-            Default: none is.
+        clamp_len: distances beyond it count as it, and have no rows in ``r``: Transformer-XL's ``clamp_len``. In C++
+            and Triton keys that far away cost no product with positions. Negative distances, of keys ahead, are not
+            clamped. Default: none is.
         backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose. On a GPU
             "native" is a forward alone, for fp16 and bf16 and D up to 128, and not in "auto": no GPU has run it yet.
 

@@ -164,15 +164,12 @@ class ArchitectureSearch(LanguageModel):
                 self.log_dict(dict(zip(names, row, strict=True)))
         return loss
 
-    def on_validation_start(self) -> None:
-        # Evaluation runs the chosen branches alone: to torch.compile each pattern would be a graph of its own.
-        torch.compiler.set_stance("force_eager")
-
-    def on_validation_end(self) -> None:
-        torch.compiler.set_stance("default")
-
     def _call(self, tokens: Tensor, targets: Tensor, memory: Any) -> ModelOutput:
-        if not self.training or (self.held_out is None and self.recipe.architecture_learns(self.global_step)):
+        if not self.training:
+            # The chosen branches alone are computed: to torch.compile each pattern would be a graph of its own.
+            with torch.compiler.set_stance("force_eager"):
+                return self.model(tokens, targets, memory)
+        if self.held_out is None and self.recipe.architecture_learns(self.global_step):
             return self.model(tokens, targets, memory)
         with _constant(self.model.architecture_parameters()):
             return self.model(tokens, targets, memory)
