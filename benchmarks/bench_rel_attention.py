@@ -18,7 +18,7 @@ FULL = {  # (B, H, Q, M, D)
     "cpu": [((4, 8, 256, 256, 64), torch.float32), ((2, 8, 512, 512, 64), torch.float32)],
     "cuda": [((64, 16, 512, 1600, 64), torch.bfloat16), ((16, 8, 512, 512, 64), torch.bfloat16)],
 }
-LONG = (1, 8, 512, 1600, 64)
+LONG, CLAMP = (1, 8, 512, 1600, 64), 400
 GPU = torch.cuda.is_available()
 CASES = FULL["cuda" if GPU else "cpu"]
 KERNELS = ["native", "triton"] if GPU else ["native"]
@@ -86,15 +86,16 @@ def plain_sdpa(q, k, v, r, u, w, k_memory, v_memory):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=~future(q, k))
 
 
-def ours(backend):
+def ours(backend, clamp_len=None):
     def call(q, k, v, r, u, w, k_memory, v_memory):
-        return par_xl.rel_attention(q, k, v, r, u, w, memory=(k_memory, v_memory), backend=backend)
+        memory = k_memory, v_memory
+        return par_xl.rel_attention(q, k, v, r, u, w, memory=memory, clamp_len=clamp_len, backend=backend)
 
     return call
 
 
-def make_inputs(shape, dtype, device):
-    """Enough sets to leave the L2 behind on a GPU, one on the CPU."""
+def make_inputs(shape, dtype, device, distances=None):
+    """Enough sets to leave the L2 behind on a GPU, one on the CPU. ``distances``: rows of r, else one for each key."""
     batch, heads, queries, memory, width = shape
     keys = queries + memory
 
@@ -104,29 +105,46 @@ def make_inputs(shape, dtype, device):
     def one():
         q, k, v = (randn(batch, heads, queries, width) for _ in range(3))
         biases = (randn(heads, width) for _ in range(2))
-        return q, k, v, randn(heads, keys, width), *biases, *(randn(batch, heads, memory, width) for _ in range(2))
+        return (
+            q,
+            k,
+            v,
+            randn(heads, distances or keys, width),
+            *biases,
+            *(randn(batch, heads, memory, width) for _ in range(2)),
+        )
 
     size = 2 * batch * heads * keys * width * dtype.itemsize
     return [one() for _ in range(max(1, -(-(256 << 20) // size)) if device == "cuda" else 1)]
 
 
+def a_row_for_each_key(call):
+    """``call`` with the last of the clamped distances repeated: what the clamp alone saves."""
+
+    def run(q, k, v, r, u, w, k_memory, v_memory):
+        distance = torch.arange(k.shape[2] + k_memory.shape[2] - 1, -1, -1, device=r.device)
+        return call(q, k, v, r[:, CLAMP - distance.clamp(max=CLAMP)], u, w, k_memory, v_memory)
+
+    return run
+
+
+def timed(call, backward):
+    def run(*inputs):
+        if not backward:
+            with torch.no_grad():
+                return call(*inputs)
+        out = call(*inputs)
+        return torch.autograd.grad(out, inputs, torch.ones_like(out), materialize_grads=True)
+
+    return run
+
+
 def candidates(backend, backward):
-    def step(call):
-        def run(*inputs):
-            if not backward:
-                with torch.no_grad():
-                    return call(*inputs)
-            out = call(*inputs)
-            return torch.autograd.grad(out, inputs, torch.ones_like(out), materialize_grads=True)
-
-        return run
-
     peers = {"eager": eager, "torch.compile": torch.compile(eager, dynamic=False), "SDPA mask": sdpa_mask}
     if GPU or not backward:
         peers["FlexAttention"] = flex
-    return {name: step(call) for name, call in {**peers, backend: ours(backend)}.items()}, {
-        "plain SDPA": step(plain_sdpa)
-    }
+    rivals = {name: timed(call, backward) for name, call in {**peers, backend: ours(backend)}.items()}
+    return rivals, {"plain SDPA": timed(plain_sdpa, backward)}
 
 
 def pairs(shape):
@@ -156,3 +174,16 @@ def test_long_memory(race, device, backend):
     inputs, (rivals, floor) = make_inputs(LONG, dtype, device), candidates(backend, True)
     flops, target = 22 * LONG[4] * pairs(LONG), TARGETS["memory", LONG]
     race(rivals, inputs, backend, floors=floor, tolerance=2e-2, flops=flops, target=target, memory=True)
+
+
+@pytest.mark.parametrize("backend", WITH_BACKWARD)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_clamped(race, device, backend, backward):
+    inputs = make_inputs(LONG, torch.bfloat16 if GPU else torch.float32, device, distances=CLAMP + 1)
+    rivals = {
+        "eager": a_row_for_each_key(eager),
+        "unclamped": a_row_for_each_key(ours(backend)),
+        backend: ours(backend, CLAMP),
+    }
+    rivals = {name: timed(call, backward) for name, call in rivals.items()}
+    race(rivals, inputs, backend, tolerance=2e-2)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from timing import ceilings, compare, cpu_seconds, gpu_seconds, peak_megabytes
+from torch.utils._pytree import tree_flatten
 
 from par_xl.environment import device_name, versions
 
@@ -66,6 +67,9 @@ def race(request, benchmark, device):
             result["share of the matrix rate"] = round(flops / seconds[ours] / ceiling["matmul"], 3)
         if memory:
             result["peak MB"] = {k: round(v, 2) for k, v in peak_megabytes(candidates, inputs[0]).items()}
+            result["results MB"] = round(
+                sum(x.nbytes for x in tree_flatten(candidates[ours](*inputs[0]))[0]) / 2**20, 2
+            )
         if target:
             result["target"] = target
         result["ours"], result["baseline"] = ours, baseline

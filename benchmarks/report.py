@@ -36,7 +36,7 @@ def rows(results):
 
 def table(results):
     lines = [
-        "| op | case | backend | ms | eager, ms | times faster than | of the ceiling | peak MB (eager) |",
+        "| op | case | backend | ms | eager, ms | times faster than | of the ceiling | peak MB (eager), results |",
         "|---|---|---|---:|---:|---|---:|---:|",
     ]
     for benchmark, name, case in rows(results):
@@ -44,7 +44,7 @@ def table(results):
         faster = ", ".join(f"{peer} {ratio:.2g}" for peer, ratio in case["times faster than"].items())
         share = case.get("share of the matrix rate", case.get("share of the bandwidth"))
         of_ceiling = "" if share is None else f"{share:.0%}"
-        peak = "" if memory is None else f"{memory[ours]:.3g} ({memory[base]:.3g})"
+        peak = "" if memory is None else f"{memory[ours]:.3g} ({memory[base]:.3g}), {case['results MB']:.3g}"
         times = f"{case['ms'][ours]:.3g} | {case['ms'][base]:.3g}"
         lines.append(f"| {benchmark} | {name} | {ours} | {times} | {faster} | {of_ceiling} | {peak} |")
     return lines

@@ -1,5 +1,6 @@
 """Timing of rival implementations side by side, and the ceilings of the machine they are held against."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -14,13 +15,16 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def cpu_seconds(candidates: dict[str, Callable], inputs: list[Tensors], seconds: float) -> dict[str, float]:
-    """Median seconds of a call, the candidates taking turns so that a slow spell of the machine meets them all."""
+    """Median seconds of a call, the candidates taking turns so that a slow spell of the machine meets them all.
+
+    Their order is drawn anew each turn: what a call leaves in the caches, dirty lines above all, slows the next one.
+    """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for function in candidates.values():
         function(*inputs[0])
-    end, turn = time.perf_counter() + seconds * len(candidates), 0
+    end, turn, order = time.perf_counter() + seconds * len(candidates), 0, random.Random(0)
     while turn < 5 or time.perf_counter() < end:
-        for name, function in candidates.items():
+        for name, function in order.sample(list(candidates.items()), len(candidates)):
             start = time.perf_counter()
             function(*inputs[turn % len(inputs)])
             samples[name].append(time.perf_counter() - start)

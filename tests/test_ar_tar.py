@@ -126,6 +126,14 @@ def test_formula():
     torch.testing.assert_close(ar_tar_reference(output, raw, None, 2.0, 1.0), wanted)
 
 
+def test_wide_rows_keep_their_digits():
+    """C++ sums no more than some thousand columns in fp32: over a whole row of this width ten times the error is left."""
+    output, raw = torch.randn(2, 1, 5, 1_000_003).unbind()
+    wanted = par_xl.ar_tar_loss(output.double(), raw.double(), backend="eager")
+    got = par_xl.ar_tar_loss(output, raw, backend="native")
+    torch.testing.assert_close(got.double(), wanted, rtol=3e-7, atol=0)
+
+
 def launches():
     """What the machine-code tests compile: every kernel, flag and storage type."""
     from par_xl.kernels import ar_tar

@@ -6,31 +6,45 @@
 namespace par_xl::PAR_XL_ISA {
 namespace {
 
+constexpr int64_t BLOCK = 4096;  // columns that are summed in the arithmetic type; their sums are added in fp64
+
 int64_t strip_steps(const ArTar& p) { return max(1, min(p.steps, (1 << 16) / max(1, p.width))); }
 int64_t strips(const ArTar& p) { return ceil_div(p.steps, strip_steps(p)); }
 int64_t real_steps(const ArTar& p, int64_t b) { return p.lengths ? p.lengths[b] : p.steps; }
 
-// Adds to sums: output^2 and (raw - before)^2 over a row. Both rows stream through one loop, so that the reads of the
-// two tensors overlap.
-template <class T>
-PAR_XL_INLINE void add_row(const T* output, const T* raw, const T* before, int64_t width, double* sums) {
-    acc_t<T> ar = 0, tar = 0;
-#pragma omp simd reduction(+ : ar, tar)
-    for (int64_t i = 0; i < width; ++i) {
-        const acc_t<T> o = load(output[i]), step = load(raw[i]) - load(before[i]);
-        ar += o * o;
-        tar += step * step;
+// Adds to sums: output^2 and (raw - before)^2 over N steps, `apart` from one another, that stream through one loop: the
+// more places a core reads from, the more reads it keeps in flight.
+template <int N, class T>
+PAR_XL_INLINE void add_steps(const ArTar& p, const Rows& raw, int64_t b, int64_t t, int64_t apart, double* sums) {
+    const T *output[N], *now[N], *before[N];
+    for (int k = 0; k < N; ++k) {
+        output[k] = row<T>(p.output, b, t + k * apart);
+        now[k] = row<T>(raw, b, t + k * apart);
+        before[k] = row<T>(raw, b, max(t + k * apart - 1, 0));  // the first step is its own predecessor: a step of 0
     }
-    sums[0] += ar;
-    sums[1] += tar;
+    for (int64_t begin = 0; begin < p.width; begin += BLOCK) {
+        const int64_t end = min(begin + BLOCK, p.width);
+        acc_t<T> ar = 0, tar = 0;
+#pragma omp simd reduction(+ : ar, tar)
+        for (int64_t i = begin; i < end; ++i)
+#pragma GCC unroll 4
+            for (int k = 0; k < N; ++k) {
+                const acc_t<T> o = load(output[k][i]), step = load(now[k][i]) - load(before[k][i]);
+                ar += o * o;
+                tar += step * step;
+            }
+        sums[0] += ar;
+        sums[1] += tar;
+    }
 }
 
 template <class T>
 void sum_strip(const ArTar& p, int64_t b, int64_t begin, int64_t end, double* sums) {
     const Rows& raw = p.raw.data ? p.raw : p.output;
+    const int64_t steps = max(0, min(end, real_steps(p, b)) - begin), quarter = steps / 4;
     sums[0] = sums[1] = 0;
-    for (int64_t t = begin; t < min(end, real_steps(p, b)); ++t)  // the first step is its own predecessor: a step of 0
-        add_row(row<T>(p.output, b, t), row<T>(raw, b, t), row<T>(raw, b, max(t - 1, 0)), p.width, sums);
+    for (int64_t t = begin; t < begin + quarter; ++t) add_steps<4, T>(p, raw, b, t, quarter, sums);
+    for (int64_t t = begin + 4 * quarter; t < begin + steps; ++t) add_steps<1, T>(p, raw, b, t, 0, sums);
 }
 
 template <class T>
@@ -47,18 +61,17 @@ void differentiate_strip(const ArTar& p, int64_t b, int64_t begin, int64_t end, 
             if (d_raw.data) memset(row<T>(d_raw, b, t), 0, p.width * sizeof(T));
             continue;
         }
-        if (d_output.data && !shared) {
-            const T* x = row<T>(p.output, b, t);
-            write_row(row<T>(d_output, b, t), p.width, stream, [=](int64_t i) { return ar * load(x[i]); });
-        }
-        if (d_steps.data) {  // at an end of the sequence the neighbour is the row itself
-            const T* x = row<T>(raw, b, t);
-            const T *before = row<T>(raw, b, max(t - 1, 0)), *after = row<T>(raw, b, min(t + 1, steps - 1));
-            write_row(row<T>(d_steps, b, t), p.width, stream, [=](int64_t i) {
-                const acc_t<T> v = load(x[i]);
-                return tar * ((v - load(before[i])) - (load(after[i]) - v)) + ar_steps * v;
-            });
-        }
+        const T *output = row<T>(p.output, b, t), *now = row<T>(raw, b, t);
+        // At an end of the sequence the neighbour is the row itself.
+        const T *before = row<T>(raw, b, max(t - 1, 0)), *after = row<T>(raw, b, min(t + 1, steps - 1));
+        const auto of_output = result(row<T>(d_output, b, t), [=](int64_t i) { return ar * load(output[i]); });
+        const auto of_steps = result(row<T>(d_steps, b, t), [=](int64_t i) {
+            const acc_t<T> v = load(now[i]);
+            return tar * ((v - load(before[i])) - (load(after[i]) - v)) + ar_steps * v;
+        });
+        if (d_output.data && d_raw.data) write_rows(p.width, stream, of_output, of_steps);
+        else if (d_steps.data) write_rows(p.width, stream, of_steps);
+        else if (d_output.data) write_rows(p.width, stream, of_output);
     }
     finish_streaming();
 }

@@ -98,22 +98,37 @@ PAR_XL_INLINE void finish_streaming() {
 #endif
 }
 
-// to[i] = store(value(i)); `stream` for results too large to be found in a cache when they are next read.
+// A row of results: to[i] = store(value(i)).
 template <class T, class F>
-PAR_XL_INLINE void write_row(T* to, int64_t width, bool stream, F&& value) {
-    constexpr int64_t LINE = 64 / sizeof(T);
-    int64_t i = 0;
-    if (stream) {
-        for (; i < width && reinterpret_cast<uintptr_t>(to + i) % 64; ++i) to[i] = store<T>(value(i));
-        for (; i + LINE <= width; i += LINE) {
-            T line[LINE];
+struct Result {
+    T* to;
+    F value;
+
+    PAR_XL_INLINE void write(int64_t i) const { to[i] = store<T>(value(i)); }
+    PAR_XL_INLINE void write_line(int64_t i) const {
+        T line[64 / sizeof(T)];
 #pragma omp simd
-            for (int64_t k = 0; k < LINE; ++k) line[k] = store<T>(value(i + k));
-            stream_line(to + i, line);
-        }
+        for (int64_t k = 0; k < int64_t(64 / sizeof(T)); ++k) line[k] = store<T>(value(i + k));
+        stream_line(to + i, line);
+    }
+};
+
+template <class T, class F>
+PAR_XL_INLINE Result<T, F> result(T* to, F value) { return {to, value}; }
+
+// Rows of results, written side by side so that what they are made of is read together; `stream` for results too large
+// to be found in a cache when they are next read. Rows that lie otherwise to the cache lines are not streamed.
+template <class T, class F, class... More>
+PAR_XL_INLINE void write_rows(int64_t width, bool stream, const Result<T, F>& first, const More&... more) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    const auto place = [](const T* to) { return reinterpret_cast<uintptr_t>(to) % 64; };
+    int64_t i = 0;
+    if (stream && ((place(first.to) == place(more.to)) && ...)) {
+        for (; i < width && place(first.to + i); ++i) first.write(i), (more.write(i), ...);
+        for (; i + LINE <= width; i += LINE) first.write_line(i), (more.write_line(i), ...);
     }
 #pragma omp simd
-    for (int64_t k = i; k < width; ++k) to[k] = store<T>(value(k));
+    for (int64_t k = i; k < width; ++k) first.write(k), (more.write(k), ...);
 }
 
 PAR_XL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -58,11 +58,11 @@ struct Row {
         const T *a = branch[0], *b = branch[1], *v = x;
         const A *g0 = gamma[0], *g1 = gamma[1], *b0 = beta[0], *b1 = beta[1];
         const A m0 = stats[0], r0 = stats[1], m1 = stats[2], r1 = stats[3], w0 = weights[0], w1 = weights[1], w2 = weights[2];
-        write_row(out, width, stream, [=](int64_t i) {
+        write_rows(width, stream, result(out, [=](int64_t i) {
             const A s = load(v[i]);
             const A first = (s + load(a[i]) - m0) * r0 * g0[i] + b0[i], second = (s + load(b[i]) - m1) * r1 * g1[i] + b1[i];
             return w0 * first + w1 * second + w2 * s;
-        });
+        }));
     }
 
     // Adds to columns (4, width): grad n_0, grad n_1, grad and grad x.
@@ -93,9 +93,8 @@ struct Row {
         const auto second = [=](int64_t i) {
             return k1 * (load(grad[i]) * g1[i] - h1 - (load(v[i]) + load(b[i]) - m1) * r1 * hn1);
         };
-        write_row(d_a, width, stream, first);
-        write_row(d_b, width, stream, second);
-        write_row(d_x, width, stream, [=](int64_t i) { return first(i) + second(i) + w2 * load(grad[i]); });
+        const auto both = [=](int64_t i) { return first(i) + second(i) + w2 * load(grad[i]); };
+        write_rows(width, stream, result(d_a, first), result(d_b, second), result(d_x, both));
     }
 };
 
