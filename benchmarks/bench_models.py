@@ -27,8 +27,9 @@ FULL = {  # name: (configuration, batch, length of the segment)
 CASES = FULL["cuda" if torch.cuda.is_available() else "cpu"]
 
 
-def upstream_attention(q, k, v, r, content_bias, position_bias, *, memory, window, scale, dropout_p):
-    """rel_attention without a window, as NVIDIA's mem_transformer.py computes it."""
+def upstream_attention(q, k, v, r, content_bias, position_bias, *, memory, window, clamp_len, scale, dropout_p):
+    """rel_attention as NVIDIA's mem_transformer.py computes it; these models have no window and clamp no distance."""
+    assert window is None and clamp_len is None
     k, v = (torch.cat((m, x), 2) for m, x in zip(memory, (k, v), strict=True))
     n_queries, n_keys = q.shape[2], k.shape[2]
     position = (q + position_bias[:, None]) @ r.mT

@@ -27,7 +27,6 @@ IDS = ["x".join(map(str, shape)) + "-" + str(dtype).removeprefix("torch.") for s
 TARGETS = {
     ("forward", (4, 8, 256, 256, 64)): "2.5 times eager, at most 1.6 times the time of plain SDPA",
     ("backward", (2, 8, 512, 512, 64)): "4 times eager, and faster than every peer",
-    ("memory", LONG): "a tenth of eager's peak",
 }
 
 
@@ -172,7 +171,7 @@ def test_forward_backward(race, device, shape, dtype, backend):
 def test_long_memory(race, device, backend):
     dtype = torch.bfloat16 if GPU else torch.float32
     inputs, (rivals, floor) = make_inputs(LONG, dtype, device), candidates(backend, True)
-    flops, target = 22 * LONG[4] * pairs(LONG), TARGETS["memory", LONG]
+    flops, target = 22 * LONG[4] * pairs(LONG), "a tenth of eager's peak, beyond the results"
     race(rivals, inputs, backend, floors=floor, tolerance=2e-2, flops=flops, target=target, memory=True)
 
 

@@ -127,7 +127,7 @@ def test_formula():
 
 
 def test_wide_rows_keep_their_digits():
-    """C++ sums no more than some thousand columns in fp32: over a whole row of this width ten times the error is left."""
+    """C++ sums no more than some thousand columns in fp32: else a row this wide would lose digits."""
     output, raw = torch.randn(2, 1, 5, 1_000_003).unbind()
     wanted = par_xl.ar_tar_loss(output.double(), raw.double(), backend="eager")
     got = par_xl.ar_tar_loss(output, raw, backend="native")

@@ -34,6 +34,7 @@ from par_xl.ops.adaptive_tables import (
     unflatten,
 )
 from par_xl.ops.adaptive_targets import bad_target, check_targets
+from par_xl.ops.large_results import to_be_filled
 from par_xl.ops.registry import Op, acc_dtype, choose, first_derivative_only
 
 GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 28 << 20  # bytes of logits at a time; on the CPU, what stays in its cache
@@ -99,6 +100,7 @@ def _prepared(run: Callable, grad: Tensor | None, x: Tensor, target: Tensor, *in
     """Call ``run`` with the softmaxes as views and with the outputs to be filled."""
     tables, options, needed = Tables(*inputs[:5]), Options(*inputs[5:11]), inputs[11]
     nll, gradients = _fake_backward(grad, x, target, *inputs, None)
+    gradients = [to_be_filled(g) for g in gradients]
     separate = tables.cluster_weight is not None
     wanted = [g if need else None for g, need in zip(gradients, needed, strict=True)]
     parameters = softmaxes(tables, options.ends, separate)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from par_xl.ops.large_results import to_be_filled
 from par_xl.ops.registry import _C, DTYPES
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def run(
         for softmax, gradient, where in zip(softmaxes, gradients, rows, strict=True)
     ]
     x, nll = x.to(wide), nll.zero_()
-    memory = torch.empty(max(part.rows * part.stride for part in parts), dtype=wide)
+    memory = to_be_filled(torch.empty(max(part.rows * part.stride for part in parts), dtype=wide))
     for part in parts:
         if grad is not None:
             part.clear_gradients()

@@ -9,7 +9,7 @@ import weakref
 import torch
 from torch import Tensor
 
-LARGE = 32 << 20  # bytes, from which on malloc keeps nothing
+LARGE = 8 << 20
 KEPT = 512 << 20  # the most bytes that are kept for later results; what was free for longest goes first
 
 _free: list[mmap.mmap] = []
