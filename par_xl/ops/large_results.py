@@ -1,6 +1,7 @@
 """Memory for large results on the CPU, which is used again when no tensor holds it any more.
 
-malloc maps 32 MB and more anew each time, and the first touch of new memory costs several times the writing itself.
+malloc maps 32 MB and more anew each time and gives smaller blocks back to the system as it happens, and the first touch
+of new memory costs several times the writing itself.
 """
 
 import mmap
