@@ -103,15 +103,9 @@ def make_inputs(shape, dtype, device, distances=None):
 
     def one():
         q, k, v = (randn(batch, heads, queries, width) for _ in range(3))
-        biases = (randn(heads, width) for _ in range(2))
-        return (
-            q,
-            k,
-            v,
-            randn(heads, distances or keys, width),
-            *biases,
-            *(randn(batch, heads, memory, width) for _ in range(2)),
-        )
+        r, *biases = (randn(heads, *n, width) for n in ((distances or keys,), (), ()))
+        old_keys, old_values = (randn(batch, heads, memory, width) for _ in range(2))
+        return q, k, v, r, *biases, old_keys, old_values, torch.ones_like(q)
 
     size = 2 * batch * heads * keys * width * dtype.itemsize
     return [one() for _ in range(max(1, -(-(256 << 20) // size)) if device == "cuda" else 1)]
@@ -128,12 +122,13 @@ def a_row_for_each_key(call):
 
 
 def timed(call, backward):
+    """The output, and with ``backward`` the gradients of all inputs from that of the output, which comes last."""
+
     def run(*inputs):
-        if not backward:
-            with torch.no_grad():
-                return call(*inputs)
-        out = call(*inputs)
-        return torch.autograd.grad(out, inputs, torch.ones_like(out), materialize_grads=True)
+        *inputs, grad = inputs
+        with torch.set_grad_enabled(backward):
+            out = call(*inputs)
+        return (out, *torch.autograd.grad(out, inputs, grad, materialize_grads=True)) if backward else out
 
     return run
 
