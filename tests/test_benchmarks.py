@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from par_xl.models import ParConfig
+from par_xl.models import CompressiveConfig, ParConfig
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks/gpu_check.sh runs them at their sizes")
 
@@ -35,6 +35,13 @@ CALLS = [  # file, function, arguments; constants of the file that take other va
         dict(CASES={"small": (LAYERS, 2, 8)}, WORDS=dict(vocab_size=200, cutoffs=(20, 100))),
     ),
     ("models", "test_supernet_training_step", dict(case="small"), dict(SUPERNETS={"small": (SUPERNET, 2, 8)})),
+    (
+        "models",
+        "test_compressive_training_step",
+        dict(case="small"),
+        dict(COMPRESSIVE={"small": (CompressiveConfig(**LAYERS, vocab_size=200, mem_len=8, compressed_len=8), 2)}),
+    ),
+    ("models", "test_par_training_step", dict(case="small"), dict(PATTERNS={"small": (8, 1)})),
 ]
 
 
