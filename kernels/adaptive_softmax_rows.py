@@ -97,10 +97,10 @@ def _rows_in_place(
     for begin in range(0, columns, BLOCK):
         inside = begin + lanes < columns
         logits = _row(z, bias, begin + lanes, columns, acc, HAS_BIAS)
-        top = tl.maximum(largest, logits)  # finite: every lane has a first logit, or stands at the maximum below
-        top = tl.where(top == float("-inf"), 0.0, top)
-        sums = sums * tl.exp(largest - top) + tl.exp(logits - top)
-        largest = top
+        new = tl.maximum(largest, logits)
+        base = tl.where(new == float("-inf"), 0.0, new)  # of a lane that has had no logit: its sum stays 0
+        sums = sums * tl.exp(largest - base) + tl.exp(logits - base)
+        largest = new
         total += tl.where(inside, logits, 0.0)
     lse = tl.max(largest)
     lse += tl.log(tl.sum(sums * tl.exp(largest - lse)))

@@ -76,12 +76,14 @@ def _prepare(
         tl.store((far_score + row)[:, None], far_scores(position, r, h, wide, WIDTH, BLOCK_D), mask=is_query[:, None])
 
 
-def backward_tiles(n_queries: int, block_d: int, dtype: torch.dtype, arch: int) -> Tiles:
+def backward_tiles(n_queries: int, block_d: int, dtype: torch.dtype, arch: int, dropout: bool) -> Tiles:
     if n_queries <= 16:
         return Tiles(16, 32 if dtype == torch.float32 else 64, 4, 2)
     if dtype == torch.float32 and arch:
         return Tiles(16, 32 if block_d <= 64 else 16, 4, 1)
-    return Tiles(32, 32, 4 if block_d <= 64 else 8, 2) if 0 < arch < 90 else Tiles(64, 64, 8, 2)
+    if 0 < arch < 90:
+        return Tiles(32, 32, 4 if block_d <= 64 else 8, 2)
+    return Tiles(32 if dropout and arch else 64, 64, 8, 2)  # the mask takes registers: more rows would spill
 
 
 def _product(x, y, wide):
@@ -139,7 +141,7 @@ def backward(
         lse if key_lengths is None else key_lengths, lse if seed is None else seed, strided(grad), peak, delta,
         far_score,
     )  # fmt: skip
-    tiles = backward_tiles(n_queries, block_d, q.dtype, capability())
+    tiles = backward_tiles(n_queries, block_d, q.dtype, capability(), dropout_p > 0)
     flags = dict(
         WIDTH=width, BLOCK_D=block_d, HAS_MEMORY=n_memory > 0, HAS_LENGTHS=key_lengths is not None,
         HAS_DROPOUT=dropout_p > 0, HAS_CLAMP=has_clamp, PART=part, **products(q.dtype),

@@ -91,7 +91,7 @@ class TestAdaptiveNLL(OpChecks):
         "integers": (dict(input=torch.zeros(21, 24).long()), TypeError, "input must be floating point"),
         "unsorted": (dict(cutoffs=[50, 30]), ValueError, "cutoffs must be increasing and between 1 and"),
         "duplicates": (dict(cutoffs=[30, 30]), ValueError, "cutoffs must be increasing and between 1 and"),
-        "cutoff is V": (dict(cutoffs=[30, 0]), ValueError, "cutoffs must be increasing and between 1 and"),
+        "cutoff is 0": (dict(cutoffs=[0, 30]), ValueError, "cutoffs must be increasing and between 1 and"),
         "too few cutoffs": (dict(cutoffs=[30]), ValueError, "weights must hold 1 or 2 tensors for 1 cutoffs, not 3"),
         "weight shape": (dict(cutoffs=[31, 50]), ValueError, "weights[0] must have shape (33, 24), not (32, 24)"),
         "no projection": (dict(projections=None), ValueError, "projections[1] must be given"),
@@ -350,6 +350,19 @@ def test_number_of_threads_does_not_change_the_row_kernel():
         results.append((out, nll))
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("columns", [33, 64, 1100])
+def test_logits_far_from_zero(columns, backend, device):
+    """A constant on all logits changes nothing, and lanes of a block without a column have no part in it."""
+    x, y = torch.ones(4, 1, device=device), torch.tensor([0, 3, 7, columns - 1], device=device)
+    near = torch.randn(columns, 1, device=device)
+    wanted = torch.autograd.grad(par_xl.adaptive_nll(x, y, [near.requires_grad_()], []).mean(), near)[0]
+    for constant in (-200.0, 200.0):
+        far = (near.detach() + constant).requires_grad_()
+        for reduction in ("mean", "none"):
+            loss = par_xl.adaptive_nll(x, y, [far], [], reduction=reduction, backend=backend).mean()
+            torch.testing.assert_close(torch.autograd.grad(loss, far)[0], wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_large_logits():

@@ -30,8 +30,12 @@ def test_use_backend_as_context_manager_and_plain_call():
         assert registry.choose(FORWARD, None, CPU) == "eager"
         assert registry.choose(FORWARD, "native", CPU) == "native"
     assert registry.choose(FORWARD, None, CPU) == "native"
-    par_xl.use_backend("eager")
+    again = par_xl.use_backend("eager")
     assert registry.choose(FORWARD, None, CPU) == "eager"
+    par_xl.use_backend("auto")
+    for _ in range(2):
+        with again:
+            assert registry.choose(FORWARD, None, CPU) == "eager"
 
 
 def test_use_backend_after_an_exception():

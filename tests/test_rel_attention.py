@@ -328,6 +328,15 @@ class TestRelAttention(OpChecks):
         assert_capturable(lambda: run(self.on(backend), inputs)[1])
 
 
+def test_one_tensor_in_two_places_compiles():
+    """autograd.Function takes no tensor twice under torch.compile."""
+    q, k, bias = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8, requires_grad=True), torch.randn(2, 8)
+    r, m = torch.randn(2, 7, 8), torch.randn(1, 2, 3, 8)
+    call = lambda k: par_xl.rel_attention(q, k, k, r, bias, bias, memory=(m, m)).square().sum()  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(f(k), k)[0] for f in (compiled, call)))
+
+
 def test_gradients_of_an_absent_memory_are_empty():
     inputs = make_inputs(attention(1, 1, 2, 2, None, 4), torch.float32, "cpu")
     tensors = [inputs[x].detach() for x in ("q", "k", "v", "r", "content_bias", "position_bias")]

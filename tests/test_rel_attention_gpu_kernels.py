@@ -61,16 +61,18 @@ def test_queries_that_see_no_key_may_hold_anything():
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def launch(width, dtype, clamp_len=UNLIMITED):
+def launch(width, dtype, clamp_len=UNLIMITED, queries=128, dropout_p=0.0):
     """Forward and backward as a language model calls them."""
     from par_xl.kernels.rel_attention import forward
     from par_xl.kernels.rel_attention_backward import backward
 
     q, k, v, k_memory, v_memory = torch.empty(5, 2, 4, 128, width, dtype=dtype).unbind()
+    q = q[:, :, :queries]
     r, biases = torch.empty(4, 256, width, dtype=dtype), torch.empty(2, 4, width, dtype=dtype)
-    inputs = (q, k, v, r, *biases.unbind(), k_memory, v_memory, torch.empty(2, dtype=torch.int64), None)
-    limits = UNLIMITED, 0, clamp_len, width**-0.5, 0.0
-    lse = torch.empty(2, 4, 128)
+    lengths, seed = torch.empty(2, dtype=torch.int64), torch.empty(1, dtype=torch.int64) if dropout_p else None
+    inputs = (q, k, v, r, *biases.unbind(), k_memory, v_memory, lengths, seed)
+    limits = UNLIMITED, 0, clamp_len, width**-0.5, dropout_p
+    lse = torch.empty(2, 4, queries)
     forward(*inputs, *limits, q, lse)
     with pytest.MonkeyPatch.context() as patch:  # torch's product of bf16 into fp32 is there on a GPU alone
         patch.setattr(torch, "bmm", lambda x, y: x.new_empty(*x.shape[:2], y.shape[2]))
@@ -93,9 +95,12 @@ def launches_clamped():
 def launches_others():
     launch(41, torch.bfloat16)  # rows that are no whole tiles, nor 16 bytes apart
     launch(64, torch.float32)
+    launch(64, torch.bfloat16, queries=8)
+    launch(64, torch.bfloat16, dropout_p=0.1)
+    launch(128, torch.bfloat16, dropout_p=0.1)
 
 
-def test_other_widths_and_types_do_not_spill():
+def test_other_widths_types_and_dropout_do_not_spill():
     for one in compile_launches("test_rel_attention_gpu_kernels:launches_others", (90,)):
         assert one.stack == 0, one.kernel
 

@@ -60,7 +60,7 @@ def test_output_has_the_shapes_of_the_design(text, attn_type):
     output = model(text[:, :T], text[:, 1 : T + 1])
     assert isinstance(output, ModelOutput)
     assert output.hidden.shape == (B, T, D) and output.nll.shape == (B, T)
-    assert torch.equal(output.loss, output.nll.mean())
+    torch.testing.assert_close(output.loss, output.nll.mean())
     assert output.memory.shape == (LAYERS, B, T, D) and not output.memory.requires_grad
     assert model(text[:, :T], None, output.memory).memory.shape == (LAYERS, B, 9, D)
     assert model(text[:, :T]).loss is None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from par_xl.models.generation import continue_text
-from par_xl.models.output import ModelOutput
+from par_xl.models.output import ModelOutput, mean_nll
 from par_xl.nn.adaptive_softmax import SplitSoftmax
 from par_xl.nn.dropout import EmbeddingDropout, LockedDropout, WeightDrop
 
@@ -157,7 +157,7 @@ class AWDLSTM(nn.Module):
         output = AWDLSTMOutput(hidden=hidden, memory=after, raw_outputs=tuple(raw_outputs), outputs=tuple(outputs))
         if targets is not None:
             output.nll = self.decoder(hidden, targets)
-            output.loss = output.nll.mean()
+            output.loss = mean_nll(output.nll, targets)
         return output
 
     def log_prob(self, hidden: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from par_xl.models import compressive_generation
 from par_xl.models.compressive_config import CompressiveConfig
 from par_xl.models.compressive_layers import CompressedPositions, GRUGate
-from par_xl.models.output import ModelOutput
+from par_xl.models.output import ModelOutput, mean_nll
 from par_xl.models.transformer_xl import TransformerXL
 from par_xl.nn.attention_received import attention_received
 from par_xl.nn.compression_losses import AutoEncodingLoss, attention_reconstruction_loss, reduce_layers
@@ -123,7 +123,7 @@ class CompressiveTransformer(TransformerXL):
         output = CompressiveOutput(hidden=torch.cat(hidden, 1), memory=after)
         if targets is not None:
             output.nll = self.crit(output.hidden, targets)
-            output.loss = output.nll.mean()
+            output.loss = mean_nll(output.nll, targets)
             if losses:
                 by_layer = torch.stack(losses).mean(0)
                 output.compression_losses = by_layer.detach()

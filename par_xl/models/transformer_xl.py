@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from par_xl.models import generation
 from par_xl.models import transformer_xl_loading as loading
-from par_xl.models.output import ModelOutput
+from par_xl.models.output import ModelOutput, mean_nll
 from par_xl.models.transformer_xl_config import TransformerXLConfig
 from par_xl.nn.adaptive_embedding import AdaptiveEmbedding
 from par_xl.nn.adaptive_softmax import ProjectedAdaptiveLogSoftmax
@@ -181,7 +181,7 @@ class TransformerXL(nn.Module):
         if targets is not None:
             output.hidden = hidden[:, tokens.shape[1] - targets.shape[1] :]
             output.nll = self.crit(output.hidden, targets)
-            output.loss = output.nll.mean()
+            output.loss = mean_nll(output.nll, targets)
         return output
 
     def _check(self, tokens: Tensor, targets: Tensor | None, memory: Tensor) -> None:

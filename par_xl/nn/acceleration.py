@@ -94,6 +94,8 @@ def _rel_partial_learnable(module: nn.Module) -> nn.Module | None:
     if not named or isinstance(module, RelPartialLearnableMultiHeadAttn) or not all(hasattr(module, p) for p in parts):
         return None
     theirs: Any = module
+    if type(theirs.qkv_net) is not nn.Linear or theirs.qkv_net.bias is not None:
+        return None  # an adapter, say: keys and values of the memory need the weight by itself
     with_biases = "r_w_bias" in inspect.signature(module.forward).parameters
     with torch.device("meta"):
         twin = (KimiyoungTwin if with_biases else HuggingFaceTwin)(

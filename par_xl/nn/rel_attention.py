@@ -207,12 +207,12 @@ class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):
 
     def prepare(self, r: Tensor, r_w_bias: Tensor | None, r_r_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The projected positions ``(H, P, D)`` and the biases, for :meth:`attend`."""
-        given = r_w_bias is not None and r_r_bias is not None
-        if given == (self.r_w_bias is not None):
-            state = "the layer has its own (untie_r)" if given else "the layer has none of its own"
-            raise ValueError(f"r_w_bias and r_r_bias must {'not ' if given else ''}be given: {state}")
+        own = self.r_w_bias is not None
+        if own != (r_w_bias is None) or own != (r_r_bias is None):
+            state = "the layer has its own (untie_r)" if own else "the layer has none of its own"
+            raise ValueError(f"r_w_bias and r_r_bias must {'not' if own else 'both'} be given: {state}")
         rows = self.r_net(r).unflatten(-1, (self.n_head, self.d_head)).transpose(0, 1)
-        return (rows, r_w_bias, r_r_bias) if given else (rows, self.r_w_bias, self.r_r_bias)  # type: ignore[return-value]
+        return (rows, self.r_w_bias, self.r_r_bias) if own else (rows, r_w_bias, r_r_bias)  # type: ignore[return-value]
 
 
 class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):

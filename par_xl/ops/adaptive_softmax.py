@@ -35,7 +35,7 @@ from par_xl.ops.adaptive_tables import (
 )
 from par_xl.ops.adaptive_targets import bad_target, check_targets
 from par_xl.ops.large_results import to_be_filled
-from par_xl.ops.registry import Op, acc_dtype, choose, first_derivative_only
+from par_xl.ops.registry import Op, acc_dtype, choose, distinct, first_derivative_only
 
 GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 28 << 20  # bytes of logits at a time; on the CPU, what stays in its cache
 
@@ -257,10 +257,10 @@ def nll_and_loss(
             valid = (flat_target != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1
             loss = nll.sum() / valid
     elif reduction == "none":
-        nll = AdaptiveNLL.apply(rows, flat_target, options, reduction, False, chosen, *tables.flat())
+        nll = AdaptiveNLL.apply(rows, flat_target, options, reduction, False, chosen, *distinct(tables.flat()))
     else:
         nll, loss = AdaptiveNLL.apply(
-            rows, flat_target, options, reduction, torch.is_grad_enabled(), chosen, *tables.flat()
+            rows, flat_target, options, reduction, torch.is_grad_enabled(), chosen, *distinct(tables.flat())
         )
     nll = nll.view(target.shape)
     return nll, nll if reduction == "none" else loss

@@ -6,7 +6,7 @@ GPU), ``triton`` (``par_xl.kernels``), or ``auto`` (the first of :data:`AUTO` th
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import cache, wraps
 from typing import Any
@@ -129,6 +129,15 @@ def first_derivative_only(backward: Callable) -> Callable:
     return wrapper
 
 
+def distinct(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """The same, where a tensor that comes again is a view: compiled, an autograd.Function must be given none twice."""
+    found: list[Tensor | None] = []
+    for x in tensors:
+        again = torch.compiler.is_compiling() and x is not None and any(x is y for y in found)
+        found.append(x.view_as(x) if again and x is not None else x)
+    return found
+
+
 _selected = "auto"
 
 
@@ -144,9 +153,11 @@ class use_backend:
     def __init__(self, name: str):
         global _selected
         _check_name(name)
-        self._before, _selected = _selected, name
+        self._name, self._before, _selected = name, _selected, name
 
     def __enter__(self) -> "use_backend":
+        global _selected
+        _selected = self._name  # again, where one object serves two blocks
         return self
 
     def __exit__(self, *_: object) -> None:

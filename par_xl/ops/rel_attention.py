@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from par_xl.ops.philox import draw_seeds, philox
-from par_xl.ops.registry import _C, DTYPES, Op, acc_dtype, choose, first_derivative_only
+from par_xl.ops.registry import _C, DTYPES, Op, acc_dtype, choose, distinct, first_derivative_only
 from par_xl.ops.rel_attention_inputs import (
     bias_of,
     check_key_lengths,
@@ -348,4 +348,4 @@ def rel_attention(
         check_length_values(key_lengths, k.shape[2])
         return rel_attention_reference(*given, key_lengths, seed, *options)
     tensors = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in given)
-    return RelAttention.apply(*tensors, key_lengths, seed, *options, chosen)
+    return RelAttention.apply(*distinct(tensors), key_lengths, seed, *options, chosen)
