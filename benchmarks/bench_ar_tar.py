@@ -40,8 +40,8 @@ def candidates(backends, backward):
         return lambda x, raw: par_xl.ar_tar_loss(x, raw, backend=backend)
 
     return {
-        "eager": step(on("eager")),
-        "torch.compile": step(torch.compile(on("eager"))),
+        "eager": step(upstream),
+        "torch.compile": step(torch.compile(upstream)),
         **{b: step(on(b)) for b in backends},
     }
 

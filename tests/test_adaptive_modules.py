@@ -30,6 +30,7 @@ def test_is_a_drop_in_for_torch():
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(ours(x[0], y[0]).output, theirs(x[0], y[0]).output)
     torch.testing.assert_close(ours.log_prob(x), theirs.log_prob(x))
+    torch.testing.assert_close(ours.log_prob(x[0]), theirs.log_prob(x[:1])[0])
     assert torch.equal(ours.predict(x), theirs.predict(x))
     torch.testing.assert_close(ours.log_prob(x).exp().sum(1), torch.ones(40))
 
@@ -105,6 +106,14 @@ def test_no_feature_left(module):
     """torch builds a tail of width 0, which gives every class of it the same probability."""
     with pytest.raises(ValueError, match="leaves tail 2 of 2 no feature: 8 / 4"):
         module(8, 60, [10, 20], 4)
+
+
+@pytest.mark.parametrize("cutoffs", [[20, 10], [60], [-3], [10, 10]])
+def test_cutoffs_must_ascend(cutoffs):
+    with pytest.raises(ValueError, match="cutoffs must ascend between 0 and the 60 words"):
+        ProjectedAdaptiveLogSoftmax(60, 16, 16, cutoffs)
+    with pytest.raises(ValueError, match='reduction must be "none", "sum" or "mean", not \'avg\''):
+        ProjectedAdaptiveLogSoftmax(60, 16, 16, [10], reduction="avg")
 
 
 def upstream(hidden, target, cutoffs, cluster_weight, cluster_bias, weights, biases, projections):

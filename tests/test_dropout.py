@@ -30,7 +30,7 @@ class TestDropout(OpChecks):
     }
     gradcheck_cases = {"relu": case(3, 30, relu=True), "plain": case(3, 30)}
     bad_input = {
-        "p": (dict(p=1.0), ValueError, "p must lie in [0, 1), not 1.0"),
+        "p": (dict(p=1.5), ValueError, "p must lie in [0, 1], not 1.5"),
         "seed-shape": (dict(seed=torch.zeros(2, dtype=torch.int64)), ValueError, "seed must have shape (1,), not (2,)"),
         "seed-dtype": (dict(seed=torch.zeros(1)), TypeError, "seed must be int64, not torch.float32"),
         "integers": (dict(x=torch.ones(3, dtype=torch.int64)), TypeError, "x must be floating point, not torch.int64"),
@@ -98,6 +98,12 @@ def test_nothing_is_dropped_when_there_is_nothing_to_drop():
     assert par_xl.dropout(x, 0.5, False) is x and par_xl.dropout(x, 0.0) is x
     assert torch.equal(par_xl.dropout(x, 0.5, training=False, relu=True), F.relu(x))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_everything_may_be_dropped():
+    x = torch.randn(3, 4, requires_grad=True)
+    y = par_xl.nn.Dropout(1.0)(x)
+    assert (y == 0).all() and (torch.autograd.grad(y.sum(), x)[0] == 0).all()
 
 
 def test_the_mask_follows_torchs_generator():

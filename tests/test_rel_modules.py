@@ -193,7 +193,7 @@ def test_speech_attention_with_padding(context):
     real = torch.arange(7) < lengths[:, None]
     padding_mask = ~real
     visible = visible | (distance == 0) & padding_mask[:, None, :, None]  # not NaN, where nothing is compared
-    for options in ({"lengths": lengths}, {"padding_mask": padding_mask}):
+    for options in ({"lengths": lengths}, {"padding_mask": padding_mask}, {"padding_mask": padding_mask.byte()}):
         actual = layer(x, positions(7, 7)[None], **options)
         assert torch.isfinite(actual).all()
         assert_same_gradients(actual[real], expected_speech(layer, x, visible)[real], [x, *layer.parameters()])

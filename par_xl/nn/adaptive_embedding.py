@@ -8,6 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def check_ascending(ends: Sequence[int]) -> None:
+    """The ends of the clusters, the vocabulary's last."""
+    if any(start >= end for start, end in itertools.pairwise([0, *ends])):
+        raise ValueError(f"cutoffs must ascend between 0 and the {ends[-1]} words, not {list(ends[:-1])}")
+
+
 class AdaptiveEmbedding(nn.Module):
     """Words in clusters by frequency; cluster i has vectors of width ``d_embed // div_val**i`` and a projection.
 
@@ -34,8 +40,7 @@ class AdaptiveEmbedding(nn.Module):
         super().__init__()
         self.n_token, self.d_embed, self.d_proj, self.div_val = n_token, d_embed, d_proj, div_val
         self.ends = [0, *cutoffs, n_token]
-        if any(start >= end for start, end in itertools.pairwise(self.ends)):
-            raise ValueError(f"cutoffs must ascend between 0 and the {n_token} words, not {list(cutoffs)}")
+        check_ascending(self.ends[1:])
         if d_embed // div_val ** len(cutoffs) < 1:
             raise ValueError(f"d_embed {d_embed} leaves no width for {len(cutoffs) + 1} clusters by {div_val=}")
         sizes = [n_token] if div_val == 1 else [end - start for start, end in itertools.pairwise(self.ends)]

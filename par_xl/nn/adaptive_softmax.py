@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.adaptive import _ASMoutput
 
+from par_xl.nn.adaptive_embedding import check_ascending
 from par_xl.ops.adaptive_softmax import CPU_WORKSPACE, nll_and_loss
 from par_xl.ops.adaptive_tables import Tables, head_column, softmax_logits, softmaxes
 from par_xl.ops.registry import acc_dtype
@@ -33,6 +34,9 @@ class _AdaptiveSoftmax(nn.Module, ABC):
                      backend: str | None) -> None:  # fmt: skip
         if order not in ("ascending", "descending"):
             raise ValueError(f'order must be "ascending" or "descending", not {order!r}')
+        if reduction not in ("none", "sum", "mean"):
+            raise ValueError(f'reduction must be "none", "sum" or "mean", not {reduction!r}')
+        check_ascending(self.cutoffs)
         self.order, self.ignore_index, self.reduction = order, ignore_index, reduction
         self.label_smoothing, self.z_loss, self.backend = label_smoothing, z_loss, backend
 
@@ -51,9 +55,10 @@ class _AdaptiveSoftmax(nn.Module, ABC):
 
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities of all classes: ``(..., d)`` to ``(..., V)``, in fp32 (fp64 for fp64), differentiable."""
-        head, tails = self._log_softmaxes(input.flatten(0, -2))
+        x = input.reshape(-1, input.shape[-1])
+        head, tails = self._log_softmaxes(x)
         pieces = [head[:, : self.cutoffs[0]]]
-        pieces += [head[:, column, None] + _log_softmax(input.flatten(0, -2), tail) for column, tail in tails]
+        pieces += [head[:, column, None] + _log_softmax(x, tail) for column, tail in tails]
         return torch.cat(pieces, 1).view(*input.shape[:-1], self.cutoffs[-1])
 
     @torch.no_grad()

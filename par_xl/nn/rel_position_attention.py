@@ -69,7 +69,7 @@ class RelPositionMultiHeadAttention(nn.Module):
             pos_emb: position encodings, ``(P, d)`` or ``(1, P, d)`` of distances ``T - 1`` (the past)
                 to ``-(T - 1)``, as ``sinusoids(torch.arange(T - 1, -T, -1), d, interleaved=True)`` gives them.
             lengths: int ``(B,)``, real frames of each utterance.
-            padding_mask: instead of ``lengths``: bool ``(B, T)``, True at the padding, which follows the real frames.
+            padding_mask: instead of ``lengths``: ``(B, T)``, True (or nonzero) at the padding, which follows the real frames.
 
         Returns:
             ``(B, T, d)``; what stands at padded frames is finite and means nothing.
@@ -133,6 +133,7 @@ def attention_heads(
 
 def _lengths(padding_mask: Tensor) -> Tensor:
     """The number of real frames; where padding stands before one, -1, for which attention gives NaN on a GPU."""
+    padding_mask = padding_mask.bool()
     lengths = (~padding_mask).sum(1)
     expected = torch.arange(padding_mask.shape[1], device=padding_mask.device) >= lengths[:, None]
     at_the_end = (padding_mask == expected).all(1)

@@ -128,7 +128,7 @@ def dropout(
 
     Args:
         x: any shape and strides; fp16, bf16, fp32 or fp64.
-        p: probability of dropping an element, in ``[0, 1)``; those that stay are divided by ``1 - p``.
+        p: probability of dropping an element, in ``[0, 1]``; those that stay are divided by ``1 - p``.
         training: False drops nothing.
         seed: ``(1,)`` int64 on x's device, of the mask, which is then the same on every backend. Default: from torch's
             generator of the device; "eager" is then torch's own dropout, with its own mask.
@@ -138,11 +138,11 @@ def dropout(
         Like x.
 
     Raises:
-        ValueError: a probability outside ``[0, 1)``, a seed of another shape or device, a backend that cannot run.
+        ValueError: a probability outside ``[0, 1]``, a seed of another shape or device, a backend that cannot run.
         TypeError: x is not floating point, or the seed not int64.
     """
-    if not 0 <= p < 1:
-        raise ValueError(f"p must lie in [0, 1), not {p}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must lie in [0, 1], not {p}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, not {x.dtype}")
     if seed is not None:
@@ -150,6 +150,8 @@ def dropout(
     if not training or p == 0:
         return F.relu(x) if relu else x
     chosen = choose(FORWARD, backend, x)
+    if p == 1:
+        return F.dropout(x, 1.0)
     if chosen == "eager":
         return F.dropout(F.relu(x) if relu else x, p) if seed is None else dropout_reference(x, seed, float(p), relu)
     seed = draw_seeds(x.device) if seed is None else seed
