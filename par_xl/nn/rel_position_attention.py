@@ -69,7 +69,7 @@ class RelPositionMultiHeadAttention(nn.Module):
             pos_emb: position encodings, ``(P, d)`` or ``(1, P, d)`` of distances ``T - 1`` (the past)
                 to ``-(T - 1)``, as ``sinusoids(torch.arange(T - 1, -T, -1), d, interleaved=True)`` gives them.
             lengths: int ``(B,)``, real frames of each utterance.
-            padding_mask: instead of ``lengths``: ``(B, T)``, True (or nonzero) at the padding, which follows the real frames.
+            padding_mask: instead of ``lengths``: ``(B, T)``, True or nonzero at the padding, behind the real frames.
 
         Returns:
             ``(B, T, d)``; what stands at padded frames is finite and means nothing.
