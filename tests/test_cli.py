@@ -1,6 +1,7 @@
 """The ``par-xl`` command: what a user types, sees and finds on disk."""
 
 import json
+import re
 import os
 import signal
 import subprocess
@@ -158,6 +159,7 @@ def test_demo(command, tmp_path):
     assert code == 0, errors
     words = " ".join(shown.replace("│", " ").split())
     assert "ar_tar eager" in words and "ar_tar native" in words and "validation accuracy" in words
+    assert re.search(r"training loss \S+ \S+ 1\.000 validation loss \S+ \S+ 1\.000", words)  # eager's and auto's curve
     assert (tmp_path / "losses.png").exists()
 
 
