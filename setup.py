@@ -42,10 +42,13 @@ def find_nvcc():
 
 
 def cuda_archs(nvcc):
-    """The requested architectures that this nvcc knows."""
+    """The requested architectures that this nvcc knows, and those that it does not."""
     wanted = os.environ.get("PAR_XL_CUDA_ARCHS", "80 90 100").replace(",", " ").replace("sm_", "").split()
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    return [arch for arch in wanted if f"compute_{arch}" in known]
+    split = {True: [], False: []}
+    for arch in wanted:
+        split[f"compute_{arch}" in known].append(arch)
+    return split[True], split[False]
 
 
 def cuda_root(nvcc):
@@ -68,10 +71,12 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         nvcc, why_not = find_nvcc()
-        archs = cuda_archs(nvcc) if nvcc else []
+        archs, unknown = cuda_archs(nvcc) if nvcc else ([], [])
         if nvcc and not archs:
             nvcc, why_not = None, "nvcc knows none of the requested architectures"
         cuda = " ".join(f"sm_{a}" for a in archs) + f" and PTX {archs[-1]}" if nvcc else f"not built: {why_not}"
+        if nvcc and unknown:
+            cuda += f" (nvcc does not know {', '.join(f'sm_{a}' for a in unknown)})"
 
         x86 = platform.machine().lower() in ("x86_64", "amd64") and sysconfig.get_platform().endswith("x86_64")
         sets = X86_SETS if x86 else {"base": ""}

@@ -1,8 +1,8 @@
 """The ``par-xl`` command: what a user types, sees and finds on disk."""
 
 import json
-import re
 import os
+import re
 import signal
 import subprocess
 import sys

@@ -105,6 +105,18 @@ def test_other_widths_types_and_dropout_do_not_spill():
         assert one.stack == 0, one.kernel
 
 
+@pytest.mark.parametrize("precision, wanted", [("highest", "ieee"), ("high", "tf32")])
+def test_fp32_products_have_torchs_precision(precision, wanted):
+    from par_xl.kernels.rel_attention import products
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert products(torch.float32)["PRECISION"] == wanted
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 
