@@ -1,6 +1,10 @@
 """Training a Compressive Transformer: the command's run, and two losses with a norm each."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +36,25 @@ def test_training_run(loss, tmp_path):
     tokens = torch.randint(256, (2, 96))
     for share in attention_shares(model.eval(), tokens[:, :32], model(tokens).memory):
         assert sum(share) == pytest.approx(1) and min(share) > 0
+
+
+def test_two_ranks_train_by_the_command(tmp_path):
+    """Positions of compressed steps have no gradient until something is compressed, which plain DDP refuses."""
+    sizes = ("n_layer=1", "d_model=8", "d_inner=8", "n_head=2", "d_head=4", "mem_len=16", "compressed_len=8")
+    options = (*sizes, "batch_size=4", "bptt=16", "warmup=0", "max_steps=6", "compressed_positions=own")
+    words = [word for option in options for word in ("--set", option)]
+    command = [sys.executable, "-m", "par_xl.cli", "train", "compressive", "--data", "human-numbers", "--devices", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--out", tmp_path, *words], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["model"]["compressed_positions"] == "own" and record["result"]["step"] == 6
+    assert (tmp_path / "compression.png").exists()
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    (rows, compressed, _), (other, _, _) = (memory[0] for memory in checkpoint["memory"])
+    assert rows.shape == (4, 24, 8) and compressed == 8 and not torch.equal(rows, other)
 
 
 def test_gradients_are_clipped_apart():

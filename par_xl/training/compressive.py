@@ -13,7 +13,7 @@ from par_xl.data import Corpus
 from par_xl.models import CompressiveConfig, CompressiveTransformer
 from par_xl.nn.compressive_memory import MemoryState
 from par_xl.training.clip_apart import ClipApart
-from par_xl.training.fit import Recipe, fit
+from par_xl.training.fit import Recipe, fit, strategy_for_unused
 from par_xl.training.history import History
 from par_xl.training.transformer_xl import TRANSFORMER_XL_RECIPES
 
@@ -59,6 +59,7 @@ def train_compressive(
         recipe = replace(recipe, bptt=2 * recipe.bptt, batch_size=max(1, recipe.batch_size // 2))
     statistics = CompressionStatistics(Path(out) / "compression.png")
     callbacks = [ClipApart(recipe.clip, CompressiveTransformer.compression_parameters), statistics]
+    options = {"strategy": strategy_for_unused(options.get("devices", "auto")), **options}
     return model, fit(model, corpus, replace(recipe, clip=0.0), out, callbacks=callbacks, **options)
 
 
