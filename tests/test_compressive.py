@@ -232,6 +232,11 @@ def test_generation_equals_reading_again(mode, prompt):
                 assert torch.equal(predicted[:, i], text[:, begin + i + 1])
 
 
+def test_prompt_of_many_segments():
+    """More than Python's stack is deep."""
+    assert new_model(n_layer=1).generate(torch.randint(17, (1, 1100)), 1, segment_length=1).shape == (1, 1101)
+
+
 def test_top_k_keeps_the_most_probable():
     """Drawn from one token it is the greedy text, drawn from all it is not."""
     model = new_model(segment_len=4)
