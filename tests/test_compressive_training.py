@@ -5,16 +5,26 @@ import math
 import os
 import subprocess
 import sys
+from functools import partialmethod
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from training_helpers import IGNORED, assert_same_parameters, small_corpus
 
 from par_xl.data import load_corpus
 from par_xl.models import CompressiveConfig, CompressiveTransformer
 from par_xl.training import COMPRESSIVE_RECIPES, ClipApart, override, train_compressive
 from par_xl.training.compressive import attention_shares
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(*IGNORED)]
+
+
+def small(**options):
+    sizes = dict(n_layer=1, d_model=8, d_inner=8, n_head=2, d_head=4, mem_len=12, compressed_len=6, rate=2)
+    steps = dict(batch_size=4, bptt=12, warmup=0, schedule="constant")
+    return override(COMPRESSIVE_RECIPES["human-numbers"], {**sizes, **steps, **options})
 
 
 @pytest.mark.parametrize("loss", ["attention", "bptt"])
@@ -55,6 +65,30 @@ def test_two_ranks_train_by_the_command(tmp_path):
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     (rows, compressed, _), (other, _, _) = (memory[0] for memory in checkpoint["memory"])
     assert rows.shape == (4, 24, 8) and compressed == 8 and not torch.equal(rows, other)
+
+
+def test_compiled_training_makes_its_graphs_in_the_first_epoch(tmp_path, monkeypatch):
+    """One call of one graph a step, with gradients; what is recorded at steps and validations makes none."""
+    compiled, calls = [], []  # the step each graph was made in; of every call whether it had gradients
+
+    def backend(graph, _):
+        compiled.append(len(calls))
+
+        def run(*inputs):
+            calls.append(torch.is_grad_enabled())
+            return graph.forward(*inputs)
+
+        return run
+
+    monkeypatch.setattr(CompressiveTransformer, "compile", partialmethod(nn.Module.compile, backend=backend))
+    recipe = small(epochs=2)
+    plain, history = train_compressive(small_corpus(), recipe, tmp_path / "plain", devices=1)
+    model, again = train_compressive(small_corpus(), recipe, tmp_path / "compiled", devices=1, compile=True)
+    assert all(calls) and len(calls) == history.valid[-1]["step"]
+    assert max(compiled) < history.valid[0]["step"]
+    losses = [[loss for _, loss in run.train] for run in (again, history)]
+    torch.testing.assert_close(*map(torch.tensor, losses))
+    assert_same_parameters(model, plain)
 
 
 def test_gradients_are_clipped_apart():
