@@ -259,6 +259,22 @@ def test_bad_input():
         new_memory().update(torch.randn(3, 4, 6), torch.ones(3, 4))
     with pytest.raises(ValueError, match="hidden must have the batch and width of state"):
         new_memory().update(torch.randn(2, 4, 6))
+    with pytest.raises(ValueError, match="hidden must have the batch and width of state"):
+        new_memory("conv", start="zero").update(torch.randn(3, 4, 5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(rate=2, mode="avg"), "mode must be one of mean, max, most_used, conv, dilated_conv, not 'avg'"),
+        (dict(rate=0), "rate must be a positive integer, not 0"),
+        (dict(rate=2, mode="dilated_conv"), "dilation must be given with mode dilated_conv$"),
+        (dict(rate=2, mode="mean", dilation=(1,)), "dilation must be given with mode dilated_conv and no other, not"),
+    ],
+)
+def test_bad_compressor(options, message):
+    with pytest.raises(ValueError, match=message):
+        Compressor(8, **options)
 
 
 class Layer(nn.Module):

@@ -188,3 +188,8 @@ def test_bad_segment_length(given, message):
         new_model(segment_len=4).generate(torch.zeros(1, 2).long(), 1, segment_length=given)
     with pytest.raises(ValueError, match="as config.segment_len is not given, not None"):
         new_model().generate(torch.zeros(1, 2).long(), 1)
+
+
+def test_prompt_of_many_segments():
+    """More than Python's stack is deep."""
+    assert new_model().generate(torch.randint(17, (1, 1100)), 1, segment_length=1).shape == (1, 1101)

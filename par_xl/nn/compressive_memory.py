@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from par_xl.ops import compress, update_memory
-from par_xl.ops.memory_update import Sizes, evicted_rows, sizes_of_update
+from par_xl.ops.compression import check_options
+from par_xl.ops.memory_update import Sizes, check_state, evicted_rows, sizes_of_update
 
 FUSED = ("mean", "max")  # the modes that the update computes on its way
 STATE = ("rows", "usage", "compressed")  # of a CompressiveMemory, by their names in its state dict
@@ -38,6 +39,7 @@ class Compressor(nn.Module):
         self, width: int, rate: int, mode: str = "mean", *, dilation: Sequence[int] | None = None, bias: bool = False
     ):
         super().__init__()
+        check_options(rate, mode, dilation)
         self.width, self.rate, self.mode, self.dilation = width, rate, mode, dilation
         kernels = {"conv": [rate], "dilated_conv": [2] * len(dilation or ()) + [rate]}.get(mode, [])
         self.weights = nn.ParameterList(torch.empty(width, width, kernel) for kernel in kernels)
@@ -107,6 +109,7 @@ def advance(
     """
     rows = state.rows if bptt else state.rows.detach()
     hidden = hidden.detach().to(rows.dtype)
+    check_state(rows, hidden, state.compressed, memory_length, compressed_length)
     options: dict[str, Any] = dict(memory_length=memory_length, compressed_length=compressed_length)
     options["rate"] = compressor.rate
     sizes = sizes_of_update(rows, hidden, state.compressed, **options)
