@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import par_xl
 from par_xl.nn import AttentionReconstructionLoss, AutoEncodingLoss, CompressiveMemory, Compressor, reduce_layers
+from par_xl.testing import peak_memory
 
 MODES = {"mean": {}, "max": {}, "conv": {}, "dilated_conv": {"dilation": (1, 2)}, "most_used": {}}
 
@@ -334,6 +335,15 @@ def test_attention_reconstruction_is_the_published_expression(evicted):
             hidden, out.rows, out.compressed, *layer.weights(), 2, reduction=reduction
         )
         torch.testing.assert_close(loss, getattr(error, reduction)())
+
+
+def test_attention_reconstruction_keeps_no_matrix_of_queries_times_steps():
+    """Forward and backward, on the CPU too."""
+    hidden, old, compressed = (torch.randn(1, n, 64, requires_grad=True) for n in (1024, 2048, 1024))
+    weights, matrices = [torch.randn(64, 64) for _ in range(3)], 4 * 4 * 1024 * 2048
+    loss = AttentionReconstructionLoss(4)
+    peak = peak_memory(lambda: loss(hidden, old, compressed, *weights).backward(), hidden.device)
+    assert peak < matrices
 
 
 def test_auto_encoding_is_the_published_expression(evicted):
