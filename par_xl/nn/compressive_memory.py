@@ -165,6 +165,9 @@ class CompressiveMemory(nn.Module):
     host, and once both parts are full all shapes are static. The state dict holds the rows and may be loaded whatever
     the shape of the present ones. They are no buffers, which DistributedDataParallel would overwrite with those of the
     first rank. ``usage`` stays fp32, whatever the dtype of the module.
+
+    An update binds ``rows`` (and ``usage``) to a new tensor, so a CUDA graph of it reads those of its capture at every
+    replay: capture :func:`par_xl.update_memory` on a static tensor, into which each step copies the new rows.
     """
 
     def __init__(self, compressor: Compressor, memory_length: int, compressed_length: int, *, bptt: bool = False):
