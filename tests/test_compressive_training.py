@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from training_helpers import IGNORED, assert_same_parameters, small_corpus
+from training_helpers import IGNORED, InterruptAt, assert_same_parameters, small_corpus
 
+from par_xl.cli import main
 from par_xl.data import load_corpus
 from par_xl.models import CompressiveConfig, CompressiveTransformer
-from par_xl.training import COMPRESSIVE_RECIPES, ClipApart, override, train_compressive
+from par_xl.training import COMPRESSIVE_RECIPES, ClipApart, fit, override, train_compressive
 from par_xl.training.compressive import attention_shares
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(*IGNORED)]
@@ -48,7 +49,7 @@ def test_training_run(loss, tmp_path):
         assert sum(share) == pytest.approx(1) and min(share) > 0
 
 
-def test_two_ranks_train_by_the_command(tmp_path):
+def test_two_ranks_by_the_command(tmp_path, monkeypatch, capsys):
     """Positions of compressed steps have no gradient until something is compressed, which plain DDP refuses."""
     sizes = ("n_layer=1", "d_model=8", "d_inner=8", "n_head=2", "d_head=4", "mem_len=16", "compressed_len=8")
     options = (*sizes, "batch_size=4", "bptt=16", "warmup=0", "max_steps=6", "compressed_positions=own")
@@ -65,6 +66,33 @@ def test_two_ranks_train_by_the_command(tmp_path):
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     (rows, compressed, _), (other, _, _) = (memory[0] for memory in checkpoint["memory"])
     assert rows.shape == (4, 24, 8) and compressed == 8 and not torch.equal(rows, other)
+
+    longer = ("--data", "human-numbers", "--split", "valid", "--set", "mem_len=32", "--set", "compressed_len=16")
+    for arguments in (("eval", tmp_path, *longer), ("generate", tmp_path, "--prompt", "two hundred", "--tokens", 40)):
+        monkeypatch.setattr(sys, "argv", ["par-xl", *map(str, arguments)])
+        with pytest.raises(SystemExit, match="0"):
+            main()
+    assert len(capsys.readouterr().out.split("two hundred", 1)[1].split()) == 40
+    described = json.loads((tmp_path / "eval-valid.json").read_text())
+    assert described["model"]["compressed_len"] == 16 and 1 < described["result"]["perplexity"] < 40
+
+
+def test_resuming_gives_the_numbers_of_an_uninterrupted_run(tmp_path, monkeypatch):
+    """From the end of an epoch and from the middle of one, where the memory and what it has received go on."""
+    corpus, recipe = small_corpus(), small(epochs=3, compression="most_used", dropout=0.2)
+    model, history = train_compressive(corpus, recipe, tmp_path / "whole", devices=1)
+    end = int(history.valid[0]["step"])
+
+    def interrupted(*arguments, callbacks, **options):
+        return fit(*arguments, callbacks=[*callbacks, InterruptAt(end + 9)], **options)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("par_xl.training.compressive.fit", interrupted)
+        train_compressive(corpus, recipe, tmp_path, devices=1)
+    for name in ("last", "interrupted"):
+        other, resumed = train_compressive(corpus, recipe, tmp_path, devices=1, resume=tmp_path / f"{name}.ckpt")
+        assert resumed.train == history.train and resumed.valid == history.valid
+        assert_same_parameters(other, model, rtol=0, atol=0)
 
 
 def test_compiled_training_makes_its_graphs_in_the_first_epoch(tmp_path, monkeypatch):
