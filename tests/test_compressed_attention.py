@@ -8,6 +8,7 @@ import torch
 from par_xl.nn.attention_received import attention_received
 from par_xl.ops.compressed_attention import COMPRESSED, RECENT, compressed_attention, joint_scores
 from par_xl.ops.rel_attention import dropout_keep
+from par_xl.testing import peak_memory
 
 BACKENDS = ("eager", "native", "triton")
 
@@ -145,6 +146,13 @@ def test_attention_received_with_a_clamp():
     rows = 20 - torch.arange(74, -1, -1).clamp(max=20)
     parts = (k, r, r[:, 0], (*RECENT[:2], 20)), (k, r[:, rows], r[:, 0], RECENT)
     torch.testing.assert_close(*(attention_received(q, r[:, 1], [part], 0.3) for part in parts))
+
+
+def test_attention_received_keeps_no_matrix_of_queries_times_keys():
+    q, k, r = torch.randn(1, 4, 1024, 16), torch.randn(1, 4, 2048, 16), torch.randn(4, 2048, 16)
+    matrices = 4 * 4 * 1024 * 2048
+    peak = peak_memory(lambda: attention_received(q, r[:, 0], [(k, r, r[:, 1], RECENT)], 0.3), q.device)
+    assert peak < matrices
 
 
 def test_attention_received():

@@ -365,7 +365,9 @@ def test_named_configurations():
     ("options", "message"),
     [
         (dict(attn_type=1, max_klen=9), "needs attn_type 0"),
-        (dict(rate=0), "rate positive, not 4, 0, 0"),
+        (dict(rate=2.5), "rate must be a positive integer, not 2.5"),
+        (dict(compression="dilated_conv", dilation=(0,)), "dilation must hold positive integers, not \\(0,\\)"),
+        (dict(compression_weight=-1), "compression_weight must not be negative, not -1"),
         (dict(compression_loss="bptt"), "bptt needs segment_len"),
         (dict(memory_layers=(1, 1)), "memory_layers must ascend"),
         (dict(compressed_positions="none"), "compressed_positions must be one of shared, own"),
@@ -387,5 +389,7 @@ def test_bad_input():
         model(torch.zeros(2, 4).long(), memory=model.init_memory(3))
     with pytest.raises(ValueError, match="and the same sizes"):
         model(torch.zeros(2, 4).long(), memory=[*model.init_memory(2)[:2], (torch.zeros(2, 3, 8), 0, None)])
+    with pytest.raises(ValueError, match="of batch 2, width 8 and"):
+        model(torch.zeros(2, 4).long(), memory=[(torch.zeros(2, 3, 7), 0, None)] * 3)
     with pytest.raises(ValueError, match="no weights of a Compressive Transformer"):
         CompressiveTransformer._loaded(None, {})

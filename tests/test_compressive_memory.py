@@ -4,11 +4,16 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
+from safetensors.torch import load_model, save_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import par_xl
 from par_xl.nn import AttentionReconstructionLoss, AutoEncodingLoss, CompressiveMemory, Compressor, reduce_layers
+from par_xl.testing import peak_memory
 
 MODES = {"mean": {}, "max": {}, "conv": {}, "dilated_conv": {"dilation": (1, 2)}, "most_used": {}}
 
@@ -159,6 +164,81 @@ def test_state_dict_round_trip(mode):
         assert one.compressed == memory.compressed and torch.equal(one.rows, memory.rows)
 
 
+def test_state_dict_holds_tensors_alone(tmp_path):
+    """safetensors takes nothing else, and none that is strided or shared."""
+    model, other = nn.Sequential(new_memory("most_used")), nn.Sequential(new_memory("most_used", batch=1))
+    for _ in range(3):
+        (memory,) = model
+        memory.update(torch.randn(3, 4, 6), torch.rand(3, memory.rows.shape[1] - memory.compressed + 4))
+    save_model(model, tmp_path / "memory.safetensors")
+    load_model(other, tmp_path / "memory.safetensors")
+    for name in ("rows", "usage"):
+        assert torch.equal(getattr(other[0], name), getattr(memory, name))
+    assert other[0].compressed == memory.compressed == 2
+    state = model.state_dict()
+    memory.rows.zero_()
+    assert state["0.rows"].any()
+    with pytest.raises(RuntimeError, match='Missing key.*"0.usage"'):
+        other.load_state_dict({key: value for key, value in state.items() if key != "0.usage"})
+    with pytest.raises(RuntimeError, match='Unexpected key.*"0.row"'):
+        other.load_state_dict({**state, "0.row": state["0.rows"]})
+
+
+def test_usage_stays_as_exact_as_it_is():
+    """Half precision would lose the attention of one segment beside that of many."""
+    memory, other = (new_memory("most_used").bfloat16() for _ in range(2))
+    memory.reset(3)
+    for _ in range(3):
+        memory.update(torch.randn(3, 4, 6), torch.rand(3, memory.rows.shape[1] - memory.compressed + 4))
+    other.load_state_dict(memory.state_dict())
+    for one in (other, memory, memory.half()):
+        assert one.usage.dtype == torch.float32 and torch.equal(one.usage, other.usage)
+    assert memory.rows.dtype == torch.float16 and other.rows.dtype == torch.bfloat16
+    assert nn.Sequential(memory).to("meta")[0].rows.is_meta and memory.usage.is_meta
+
+
+def test_copy_of_a_memory_with_a_graph():
+    memory = new_memory("conv", bptt=True)
+    for _ in range(4):
+        memory.update(torch.randn(3, 4, 6))
+    twin = copy.deepcopy(memory)
+    assert memory.rows.requires_grad and not twin.rows.requires_grad and torch.equal(twin.rows, memory.rows)
+
+
+def _update_on_two(rank, path):
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    memory, reference = new_memory("most_used"), new_memory("most_used")
+    parallel = DistributedDataParallel(Reader(memory))
+    torch.manual_seed(rank)
+    for _ in range(4):
+        hidden, usage = torch.randn(3, 4, 6), torch.rand(3, memory.rows.shape[1] - memory.compressed + 4)
+        parallel(hidden, usage).backward()
+        reference.update(hidden, usage)
+        for name in ("rows", "usage", "compressed"):
+            torch.testing.assert_close(getattr(memory, name), getattr(reference, name), rtol=0, atol=0)
+    (path / f"rank-{rank}-done").touch()
+    dist.destroy_process_group()
+
+
+class Reader(nn.Linear):
+    """Something that trains beside a memory."""
+
+    def __init__(self, memory):
+        super().__init__(6, 6)
+        self.memory = memory
+
+    def forward(self, hidden, usage):
+        read = super().forward(torch.cat([self.memory.rows, hidden], 1))
+        self.memory.update(hidden, usage)
+        return read.square().mean()
+
+
+def test_two_processes_keep_a_memory_each(tmp_path):
+    """DistributedDataParallel gives every rank the first one's buffers, at every forward."""
+    mp.spawn(_update_on_two, (tmp_path,), nprocs=2)
+    assert len(list(tmp_path.glob("rank-*-done"))) == 2
+
+
 def test_compiled_update():
     """Whole-graph, on static shapes once the parts are full."""
     memory, reference = new_memory(start="zero"), new_memory(start="zero")
@@ -180,6 +260,22 @@ def test_bad_input():
         new_memory().update(torch.randn(3, 4, 6), torch.ones(3, 4))
     with pytest.raises(ValueError, match="hidden must have the batch and width of state"):
         new_memory().update(torch.randn(2, 4, 6))
+    with pytest.raises(ValueError, match="hidden must have the batch and width of state"):
+        new_memory("conv", start="zero").update(torch.randn(3, 4, 5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(rate=2, mode="avg"), "mode must be one of mean, max, most_used, conv, dilated_conv, not 'avg'"),
+        (dict(rate=0), "rate must be a positive integer, not 0"),
+        (dict(rate=2, mode="dilated_conv"), "dilation must be given with mode dilated_conv$"),
+        (dict(rate=2, mode="mean", dilation=(1,)), "dilation must be given with mode dilated_conv and no other, not"),
+    ],
+)
+def test_bad_compressor(options, message):
+    with pytest.raises(ValueError, match=message):
+        Compressor(8, **options)
 
 
 class Layer(nn.Module):
@@ -239,6 +335,15 @@ def test_attention_reconstruction_is_the_published_expression(evicted):
             hidden, out.rows, out.compressed, *layer.weights(), 2, reduction=reduction
         )
         torch.testing.assert_close(loss, getattr(error, reduction)())
+
+
+def test_attention_reconstruction_keeps_no_matrix_of_queries_times_steps():
+    """Forward and backward, on the CPU too."""
+    hidden, old, compressed = (torch.randn(1, n, 64, requires_grad=True) for n in (1024, 2048, 1024))
+    weights, matrices = [torch.randn(64, 64) for _ in range(3)], 4 * 4 * 1024 * 2048
+    loss = AttentionReconstructionLoss(4)
+    peak = peak_memory(lambda: loss(hidden, old, compressed, *weights).backward(), hidden.device)
+    assert peak < matrices
 
 
 def test_auto_encoding_is_the_published_expression(evicted):

@@ -25,7 +25,7 @@ OPTIONS = {
 def new_model(**options):
     sizes = dict(vocab_size=17, n_layer=3, n_head=2, d_model=8, d_head=4, d_inner=16)
     lengths = dict(mem_len=6, compressed_len=4, rate=2, compression="mean")
-    model = CompressiveTransformer(CompressiveConfig(**sizes, **lengths, **options)).double()
+    model = CompressiveTransformer(CompressiveConfig(**{**sizes, **lengths, **options})).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.4)
     return model
@@ -188,3 +188,8 @@ def test_bad_segment_length(given, message):
         new_model(segment_len=4).generate(torch.zeros(1, 2).long(), 1, segment_length=given)
     with pytest.raises(ValueError, match="as config.segment_len is not given, not None"):
         new_model().generate(torch.zeros(1, 2).long(), 1)
+
+
+def test_prompt_of_many_segments():
+    """More than Python's stack is deep."""
+    assert new_model(n_layer=1).generate(torch.randint(17, (1, 1100)), 1, segment_length=1).shape == (1, 1101)

@@ -137,10 +137,11 @@ class CompressiveTransformer(TransformerXL):
             raise ValueError(f"tokens must have shape (B, T) with T > 0, not {tuple(tokens.shape)}")
         if targets is not None and targets.shape != tokens.shape:
             raise ValueError(f"targets must have the shape of tokens {tuple(tokens.shape)}, not {tuple(targets.shape)}")
-        shapes = [(*s.rows.shape, s.compressed) for s in states]
-        if len(states) != len(self.memory_layers) or shapes != [(len(tokens), *shapes[0][1:])] * len(shapes):
+        shapes, batch, width = [(*s.rows.shape, s.compressed) for s in states], len(tokens), self.config.d_model
+        n_layers = len(self.memory_layers)
+        if len(states) != n_layers or shapes != [(batch, shapes[0][1], width, shapes[0][-1])] * n_layers:
             raise ValueError(
-                f"memory must have {len(self.memory_layers)} entries of batch {len(tokens)} and the same sizes, not"
+                f"memory must have {n_layers} entries of batch {batch}, width {width} and the same sizes, not"
                 f" (B, rows, d, compressed) {shapes}"
             )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from par_xl.models.transformer_xl_config import TransformerXLConfig
+from par_xl.ops.compression import check_options
 
 
 @dataclass
@@ -49,11 +50,9 @@ class CompressiveConfig(TransformerXLConfig):
         super().__post_init__()
         if self.attn_type != 0 or self.ext_len or self.same_length != "off":
             raise ValueError("the Compressive Transformer needs attn_type 0, ext_len 0 and same_length off")
-        if min(self.compressed_len, self.segment_len) < 0 or self.rate < 1:
-            raise ValueError(
-                "compressed_len and segment_len must not be negative and rate positive,"
-                f" not {self.compressed_len}, {self.segment_len}, {self.rate}"
-            )
+        for name in ("compressed_len", "segment_len", "compression_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if bool(self.dilation) != (self.compression == "dilated_conv"):
             raise ValueError(f"dilation goes with dilated_conv, not {self.dilation} with {self.compression}")
         choices = {
@@ -66,6 +65,7 @@ class CompressiveConfig(TransformerXLConfig):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         self.memory_layers, self.dilation = tuple(self.memory_layers), tuple(self.dilation)
+        check_options(self.rate, self.compression, self.dilation or None)
         if any(not 0 <= layer < self.n_layer for layer in self.memory_layers):
             raise ValueError(f"memory_layers must lie between 0 and {self.n_layer - 1}, not {self.memory_layers}")
         if list(self.memory_layers) != sorted(set(self.memory_layers)):

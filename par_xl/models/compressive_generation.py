@@ -50,9 +50,15 @@ class SegmentDecoder:
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """The next tokens, int64 ``(B, T)``, to hidden states ``(B, T, d)``."""
+        read = []
+        while tokens.shape[1]:
+            part, tokens = tokens.tensor_split([self.segment_length - self.n_read], 1)
+            read.append(self._read(part))
+        return torch.cat(read, 1)
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        """The same within a segment."""
         room, steps = self.segment_length - self.n_read, tokens.shape[1]
-        if steps > room:
-            return torch.cat([self.step(tokens[:, :room]), self.step(tokens[:, room:])], 1)
         x, options = self.model.word_emb(tokens), self.model.attention_options()
         for i, (layer, cache, (r, *biases), own, rows) in enumerate(self.layers):
             # Their rows of the distances own + n_read + steps - 1 to n_read + 1.

@@ -4,7 +4,7 @@ Rae et al.: Compressive Transformers for Long-Range Sequence Modelling (arXiv 19
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from par_xl.ops import compress, update_memory
-from par_xl.ops.memory_update import Sizes, evicted_rows, sizes_of_update
+from par_xl.ops.compression import check_options
+from par_xl.ops.memory_update import Sizes, check_state, evicted_rows, sizes_of_update
 
 FUSED = ("mean", "max")  # the modes that the update computes on its way
+STATE = ("rows", "usage", "compressed")  # of a CompressiveMemory, by their names in its state dict
 
 
 class Compressor(nn.Module):
@@ -37,6 +39,7 @@ class Compressor(nn.Module):
         self, width: int, rate: int, mode: str = "mean", *, dilation: Sequence[int] | None = None, bias: bool = False
     ):
         super().__init__()
+        check_options(rate, mode, dilation)
         self.width, self.rate, self.mode, self.dilation = width, rate, mode, dilation
         kernels = {"conv": [rate], "dilated_conv": [2] * len(dilation or ()) + [rate]}.get(mode, [])
         self.weights = nn.ParameterList(torch.empty(width, width, kernel) for kernel in kernels)
@@ -106,6 +109,7 @@ def advance(
     """
     rows = state.rows if bptt else state.rows.detach()
     hidden = hidden.detach().to(rows.dtype)
+    check_state(rows, hidden, state.compressed, memory_length, compressed_length)
     options: dict[str, Any] = dict(memory_length=memory_length, compressed_length=compressed_length)
     options["rate"] = compressor.rate
     sizes = sizes_of_update(rows, hidden, state.compressed, **options)
@@ -159,11 +163,12 @@ class CompressiveMemory(nn.Module):
 
     The memory is written anew at every update: what autograd has saved is never overwritten. No value is read by the
     host, and once both parts are full all shapes are static. The state dict holds the rows and may be loaded whatever
-    the shape of the present ones.
-    """
+    the shape of the present ones. They are no buffers, which DistributedDataParallel would overwrite with those of the
+    first rank. ``usage`` stays fp32, whatever the dtype of the module.
 
-    rows: Tensor
-    usage: Tensor
+    An update binds ``rows`` (and ``usage``) to a new tensor, so a CUDA graph of it reads those of its capture at every
+    replay: capture :func:`par_xl.update_memory` on a static tensor, into which each step copies the new rows.
+    """
 
     def __init__(self, compressor: Compressor, memory_length: int, compressed_length: int, *, bptt: bool = False):
         super().__init__()
@@ -172,8 +177,7 @@ class CompressiveMemory(nn.Module):
         self.compressor, self.bptt = compressor, bptt
         self.memory_length, self.compressed_length = memory_length, compressed_length
         self.compressed = 0
-        self.register_buffer("rows", torch.empty(0, 0, compressor.width))
-        self.register_buffer("usage", torch.empty(0, 0))
+        self.rows, self.usage = torch.empty(0, 0, compressor.width), torch.empty(0, 0, dtype=torch.float32)
 
     def reset(self, batch_size: int, start: str = "empty") -> None:
         """Forget everything. ``start``: "empty", or "zero" for full memories of zeros, which are read as any rows."""
@@ -204,17 +208,40 @@ class CompressiveMemory(nn.Module):
         """Truncate back-propagation through time: the compressed rows become constants."""
         self.rows = self.rows.detach()
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"compressed": self.compressed}
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressiveMemory":
+        """To another device or dtype, with the rest of the module."""
+        super()._apply(fn, recurse)
+        self.rows, usage = fn(self.rows), fn(self.usage)
+        self.usage = usage if usage.dtype == self.usage.dtype else self.usage.to(usage.device)
+        return self
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.compressed = state["compressed"]
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which cannot hold a graph."""
+        return {**self.__dict__, "rows": self.rows.detach()}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("rows", "usage"):
-            if prefix + name in state_dict:
-                setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in STATE:
+            tensor = torch.as_tensor(getattr(self, name)).detach()
+            destination[prefix + name] = tensor.clone(memory_format=torch.contiguous_format)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {name: state_dict[prefix + name] for name in STATE if prefix + name in state_dict}
+        rest = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in own}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        missing_keys += [prefix + name for name in STATE if strict and name not in own]
+        for name, tensor in own.items():
+            present = getattr(self, name)
+            setattr(self, name, int(tensor) if name == "compressed" else tensor.detach().to(present, copy=True))
 
     def extra_repr(self) -> str:
         return f"memory_length={self.memory_length}, compressed_length={self.compressed_length}, bptt={self.bptt}"

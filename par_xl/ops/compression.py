@@ -147,22 +147,37 @@ class Compress(torch.autograd.Function):
         return BACKWARD(grad, choice, *ctx.options), None, None, None, None
 
 
-def _check_memory(memory: Tensor, rate: int, mode: str) -> None:
+def check_options(rate: int, mode: str, dilation: Sequence[int] | None) -> None:
+    check_rate(rate)
+    if mode not in MODES and mode not in CONVOLUTIONS:
+        raise ValueError(f"mode must be one of {', '.join([*MODES, *CONVOLUTIONS])}, not {mode!r}")
+    _check_given("dilation", dilation, mode, "dilated_conv")
+    if any(not isinstance(step, int) or step < 1 for step in dilation or ()):
+        raise ValueError(f"dilation must hold positive integers, not {dilation}")
+
+
+def check_rate(rate: int) -> None:
+    if not isinstance(rate, int) or rate < 1:
+        raise ValueError(f"rate must be a positive integer, not {rate!r}")
+
+
+def _check_given(name: str, value: Any, mode: str, wanted: str) -> None:
+    if (value is None) == (mode == wanted):
+        other = "" if mode == wanted else f" and no other, not with {mode}"
+        raise ValueError(f"{name} must be given with mode {wanted}{other}")
+
+
+def _check_memory(memory: Tensor, rate: int) -> None:
     if memory.dim() != 3:
         raise ValueError(f"memory must have 3 dimensions, not shape {tuple(memory.shape)}")
     if not memory.is_floating_point():
         raise TypeError(f"memory must be floating point, not {memory.dtype}")
-    if not isinstance(rate, int) or rate < 1:
-        raise ValueError(f"rate must be a positive integer, not {rate!r}")
     if memory.shape[1] % rate:
         raise ValueError(f"memory must have a number of steps divisible by rate {rate}, not {memory.shape[1]}")
-    if mode not in MODES and mode not in CONVOLUTIONS:
-        raise ValueError(f"mode must be one of {', '.join([*MODES, *CONVOLUTIONS])}, not {mode!r}")
 
 
 def _check_usage(usage: Tensor | None, memory: Tensor, mode: str) -> None:
-    if (usage is None) != (mode != "most_used"):
-        raise ValueError(f"usage must be given with mode most_used and no other, not with {mode}")
+    _check_given("usage", usage, mode, "most_used")
     if usage is not None:
         if usage.shape != memory.shape[:2]:
             raise ValueError(f"usage must have shape {tuple(memory.shape[:2])}, not {tuple(usage.shape)}")
@@ -181,12 +196,10 @@ def _check_layers(
 ) -> tuple[list, list, list]:
     """Weights, biases and dilations as lists: those of the dilated layers, and the last weight and bias."""
     if mode not in CONVOLUTIONS:
-        for name, value in (("weight", weight), ("bias", bias), ("dilation", dilation)):
+        for name, value in (("weight", weight), ("bias", bias)):
             if value is not None:
                 raise ValueError(f"{name} must not be given with mode {mode}")
         return [], [], []
-    if (dilation is None) != (mode == "conv"):
-        raise ValueError(f"dilation must be given with mode dilated_conv and no other, not with {mode}")
     weights, dilations = _as_list(weight), [] if dilation is None else list(dilation)
     biases = [None] * len(weights) if bias is None else _as_list(bias)
     if len(weights) != len(dilations) + 1 or len(biases) != len(weights):
@@ -194,8 +207,6 @@ def _check_layers(
             f"weight and bias must each have {len(dilations) + 1} tensors, one for each dilated layer and one for the"
             f" last, not {len(weights)} and {len(biases)}"
         )
-    if any(not isinstance(step, int) or step < 1 for step in dilations):
-        raise ValueError(f"dilation must hold positive integers, not {dilations}")
     width = memory.shape[2]
     for kernel, one_weight, one_bias in zip([2] * len(dilations) + [rate], weights, biases, strict=True):
         _check_parameter("weight", one_weight, (width, width, kernel), memory)
@@ -261,7 +272,8 @@ def compress(
 
     Source: arXiv 1911.05507, section 3.2; sonnet v1 ``nets/transformer.py`` (PoolCompressor, ConvCompressor).
     """
-    _check_memory(memory, rate, mode)
+    check_options(rate, mode, dilation)
+    _check_memory(memory, rate)
     _check_usage(usage, memory, mode)
     layers = _check_layers(memory, rate, mode, weight, bias, dilation)
     usage = None if usage is None else usage.detach().float().contiguous()

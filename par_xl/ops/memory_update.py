@@ -127,7 +127,7 @@ class UpdateMemory(torch.autograd.Function):
         return d_state, d_hidden, d_fresh if mode == "given" else None, None, None, None, None
 
 
-def _check(state: Tensor, hidden: Tensor, compressed: int, memory_length: int, compressed_length: int) -> None:
+def check_state(state: Tensor, hidden: Tensor, compressed: int, memory_length: int, compressed_length: int) -> None:
     for name, x in (("state", state), ("hidden", hidden)):
         if x.dim() != 3:
             raise ValueError(f"{name} must have 3 dimensions, not shape {tuple(x.shape)}")
@@ -194,9 +194,8 @@ def update_memory(
 
     Source: arXiv 1911.05507, algorithm 1.
     """
-    if not isinstance(rate, int) or rate < 1:
-        raise ValueError(f"rate must be a positive integer, not {rate!r}")
-    _check(state, hidden, compressed, memory_length, compressed_length)
+    compression.check_rate(rate)
+    check_state(state, hidden, compressed, memory_length, compressed_length)
     sizes = sizes_of_update(state, hidden, compressed, memory_length, compressed_length, rate)
     if fresh is not None:
         _check_fresh(fresh, state, sizes.fresh)

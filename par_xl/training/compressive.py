@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from par_xl.data import Corpus
-from par_xl.models import CompressiveConfig, CompressiveTransformer
+from par_xl.models import CompressiveConfig, CompressiveTransformer, ModelOutput
 from par_xl.nn.compressive_memory import MemoryState
 from par_xl.training.clip_apart import ClipApart
-from par_xl.training.fit import Recipe, fit
+from par_xl.training.fit import Recipe, fit, strategy_for_unused
 from par_xl.training.history import History
+from par_xl.training.language_model import LanguageModel
 from par_xl.training.transformer_xl import TRANSFORMER_XL_RECIPES
 
 
@@ -50,16 +51,40 @@ def train_compressive(
     """Seed, build and train; ``options`` are those of :func:`fit`. Leaves ``compression.png`` in ``out`` too.
 
     With ``compression_loss="bptt"`` a step reads two segments of ``recipe.bptt`` and half as many streams, as in the
-    paper (section 5.2): the second one's loss trains the compressors.
+    paper (section 5.2): the second one's loss trains the compressors. Validations are not compiled.
     """
     L.seed_everything(recipe.seed, verbose=False)
     sizes = {"vocab_size": len(corpus.vocabulary), "segment_len": recipe.bptt}
     model = CompressiveTransformer(CompressiveConfig(**{**sizes, **recipe.model}))
     if model.config.compression_loss == "bptt":
         recipe = replace(recipe, bptt=2 * recipe.bptt, batch_size=max(1, recipe.batch_size // 2))
+    module = CompressiveTraining(model, **recipe.optimization())
     statistics = CompressionStatistics(Path(out) / "compression.png")
     callbacks = [ClipApart(recipe.clip, CompressiveTransformer.compression_parameters), statistics]
-    return model, fit(model, corpus, replace(recipe, clip=0.0), out, callbacks=callbacks, **options)
+    options = {"strategy": strategy_for_unused(options.get("devices", "auto")), **options}
+    return model, fit(model, corpus, replace(recipe, clip=0.0), out, module=module, callbacks=callbacks, **options)
+
+
+class CompressiveTraining(LanguageModel):
+    """Shows what :class:`CompressionStatistics` reads. A hook would be compiled with the model, and again at each step.
+
+    Validations are not compiled: to torch.compile each way in which the memory grows would be a second graph.
+
+    Attributes:
+        step_read: of the last step the tokens ``(B, T)`` and the memory after them.
+        compression_losses: of that step, as in :class:`CompressiveOutput`.
+    """
+
+    step_read: tuple[Tensor, Any] | None = None
+    compression_losses: Tensor | None = None
+
+    def _call(self, tokens: Tensor, targets: Tensor, memory: Any) -> ModelOutput:
+        if not self.training:
+            with torch.compiler.set_stance("force_eager"):
+                return self.model(tokens, targets, memory)
+        output = self.model(tokens, targets, memory)
+        self.step_read, self.compression_losses = (tokens, output.memory), output.compression_losses
+        return output
 
 
 @torch.no_grad()
@@ -80,7 +105,6 @@ class CompressionStatistics(L.Callback):
     def __init__(self, path: Path):
         self.path = path
         self.losses: list[tuple[int, list[float]]] = []
-        self._batch: tuple[Tensor, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses}
@@ -88,22 +112,18 @@ class CompressionStatistics(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.losses = state_dict["losses"]
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        def remember(model: nn.Module, args: tuple, output: Any) -> None:
-            if not model.training:
-                return
-            self._batch = args[0][:, : model.config.segment_len], output.memory  # type: ignore[union-attr]
-            if trainer.global_step % trainer.log_every_n_steps == 0 and output.compression_losses is not None:  # type: ignore[attr-defined]
-                self.losses.append((trainer.global_step, output.compression_losses.tolist()))
-
-        pl_module.model.register_forward_hook(remember)  # type: ignore[union-attr]
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        losses: Any = pl_module.compression_losses
+        if losses is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.losses.append((trainer.global_step, losses.tolist()))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero or self._batch is None:
+        model, read = cast(CompressiveTransformer, pl_module.model), pl_module.step_read
+        if not trainer.is_global_zero or read is None:
             return
-        model: Any = pl_module.model
+        tokens, memory = cast(tuple[Tensor, Any], read)
         training = model.training
-        shares = attention_shares(model.eval(), *self._batch)
+        shares = attention_shares(model.eval(), tokens[:, : model.config.segment_len or None], memory)
         model.train(training)
         plot_compression(model.memory_layers, self.losses, shares, self.path)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_model
@@ -134,6 +135,15 @@ def fit(
     if trainer.is_global_zero:
         plot_losses({type(model).__name__: history}, out / "losses.png")
     return history
+
+
+def strategy_for_unused(devices: int | str) -> str:
+    """``strategy`` for a model of whose parameters some have no gradient in some steps, which plain DDP refuses.
+
+    A search detaches its architecture, and hard samples skip branches; compressors wait for something to compress.
+    """
+    several = devices != 1 and (devices != "auto" or torch.cuda.device_count() > 1)
+    return "ddp_find_unused_parameters_true" if several else "auto"
 
 
 class ValidateLast(L.Callback):

@@ -17,7 +17,7 @@ from par_xl.training.architecture_history import ArchitectureHistory, StopWhenSt
 from par_xl.training.architecture_pictures import CHOICES
 from par_xl.training.checkpoint import from_all_ranks, of_this_rank
 from par_xl.training.clip_apart import ClipApart
-from par_xl.training.fit import Recipe, fit
+from par_xl.training.fit import Recipe, fit, strategy_for_unused
 from par_xl.training.history import History
 from par_xl.training.language_model import Batch, LanguageModel
 from par_xl.training.latency import LatencyPenalty, block_seconds
@@ -273,12 +273,6 @@ def search_par(corpus: Corpus, recipe: SearchRecipe, out: str | Path, **options:
         ArchitectureHistory(Path(out)),
         *([StopWhenStable(recipe.patience, recipe.freeze)] if recipe.patience else []),
     ]
-    options = {"strategy": _strategy(options.get("devices", "auto")), **options}
+    options = {"strategy": strategy_for_unused(options.get("devices", "auto")), **options}
     history = fit(model, corpus, replace(recipe, clip=0.0), out, module=module, callbacks=callbacks, **options)
     return model, history
-
-
-def _strategy(devices: int | str) -> str:
-    """Not all parameters have a gradient in each step: the architecture is detached, hard samples skip branches."""
-    several = devices != 1 and (devices != "auto" or torch.cuda.device_count() > 1)
-    return "ddp_find_unused_parameters_true" if several else "auto"
