@@ -1,5 +1,6 @@
 """The ``par-xl`` command. A subcommand imports what it needs when it runs; ``par-xl info`` does without Lightning."""
 
+import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -151,7 +152,9 @@ def derive(
     out = out or run / "derived"
     derived = model.derived()
     save_run(derived, vocabulary, out)
-    write_record(out / "result.json", {"architecture": "par", "model": asdict(derived.config), "from": str(run)})
+    step = json.loads((run / "result.json").read_text())["result"]["step"]
+    source = {"from": str(run), "step": step}
+    write_record(out / "result.json", {"architecture": "par", "model": asdict(derived.config), **source})
     show_architecture(model)
     console.print(f"the plain model is in {out}; par-xl train par --start {out} trains it on,", highlight=False)
     console.print(f"par-xl train par --pattern={model.derive()} from new weights", highlight=False)

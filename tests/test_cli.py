@@ -217,8 +217,13 @@ def test_search_derive_train_evaluate_and_generate(command, tmp_path):
     for name in ("architecture.png", "architecture.gif", "architecture.json", "vocabulary.model"):
         assert (run / name).stat().st_size > 0
 
+    weights = safetensors.torch.load_file(run / "last.safetensors")
+    weights["choice.pi"] = -weights["choice.pi"]  # the best validation was of another architecture
+    safetensors.torch.save_file(weights, run / "best.safetensors")
     code, shown, errors = command("derive", run)
     assert code == 0 and record["pattern"] in shown, errors
+    derived = json.loads((run / "derived" / "result.json").read_text())
+    assert (derived["model"]["pattern"], derived["step"]) == (record["pattern"], 25)
     evaluated = []
     for folder in (run, run / "derived"):
         code, shown, errors = command("eval", folder, "--data", pieces, "--batch-size", 2, "--bptt", 8)
