@@ -313,11 +313,12 @@ def test_stops_when_the_architecture_is_stable():
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_stable_search_ends_early(corpus, tmp_path):
+def test_a_stable_search_ends_early(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(architecture_history, "SNAPSHOTS", 4)
     recipe = small(patience=2, freeze=5, architecture_lr=1e-6, two_optimizers=True)
     _, history = search_par(corpus, recipe, tmp_path, devices=1)
     assert [v["step"] for v in history.valid] == [10, 20, 30]
-    assert (tmp_path / "architecture.json").exists() and (tmp_path / "last.safetensors").exists()
+    assert list(probabilities_by_step(tmp_path)) == [0, 24, 30] and (tmp_path / "last.safetensors").exists()
 
 
 def test_options_are_checked(corpus, tmp_path):
@@ -327,6 +328,11 @@ def test_options_are_checked(corpus, tmp_path):
         ({"architecture_share": 0.0}, "architecture_share"),
         ({"held_out": 1.0}, "held_out"),
         ({"patience": -1}, "patience"),
+        ({"architecture_lr": 0}, "architecture_lr must be positive"),
+        ({"architecture_decay": -1}, "architecture_decay not negative"),
+        ({"clip": -1}, "clip must be at least 0, not -1.0"),
+        ({"max_steps": -3}, "max_steps must be at least 0, not -3"),
+        ({"eval_every": -2}, "eval_every must be at least 0, not -2"),
     ):
         with pytest.raises(ValueError, match=message):
             small(**bad)

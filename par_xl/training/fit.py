@@ -57,6 +57,11 @@ class Recipe:
     seed: int = 0
     model: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "eval_every", "clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+
     def optimization(self) -> dict[str, Any]:
         """The options of :class:`LanguageModel`."""
         return {name: getattr(self, name) for name in ("optimizer", "lr", "weight_decay", "schedule", "warmup")}

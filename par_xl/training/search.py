@@ -63,8 +63,12 @@ class SearchRecipe(Recipe):
     patience: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("temperature", self.temperature, TemperatureSchedule)
         temperature_at(self.temperature, self.temperature_start, self.temperature_end, 0.0)
+        if not (self.architecture_lr > 0 and self.architecture_decay >= 0):
+            given = f"{self.architecture_lr} and {self.architecture_decay}"
+            raise ValueError(f"architecture_lr must be positive and architecture_decay not negative, not {given}")
         if not 0 < self.architecture_share <= 1:
             raise ValueError(f"architecture_share must be above 0 and at most 1, not {self.architecture_share}")
         if not 0 <= self.held_out < 1:
