@@ -256,6 +256,8 @@ SEARCH_RECIPES = {
         model=dict(n_layer=4, n_head=4, d_model=64, d_inner=128, dropout=0.1, mem_len=64),
     ),
     "wikitext-2": _WIKITEXT_2,
+    # Text as bytes ("bytes:FOLDER"), of which about four are a piece
+    "bytes": replace(_WIKITEXT_2, bptt=128, model={**_WIKITEXT_2.model, "mem_len": 64, "cutoffs": ()}),
     # With the published optimisation: one Adam, its rate and schedule, no clipping
     "published": replace(_WIKITEXT_2, lr=1e-4, warmup=4000, clip=0.0, freeze=0, two_optimizers=False),
 }
