@@ -122,13 +122,13 @@ def test_attention_is_kept_where_it_is_needed_and_dropped_where_not(tmp_path, ta
     corpus = Corpus(Vocabulary(map(str, range(n_words))), tokens[:19_200], tokens[19_200:])
     options = dict(
         n_layer=2, n_head=1, d_model=16, d_inner=64, mem_len=8, dropout=0, batch_size=16, bptt=8, epochs=2,
-        lr=1e-2, warmup=0, architecture_lr=5e-2, architecture_share=1.0, freeze=100, seed=seed,
+        lr=1e-2, warmup=0, architecture_lr=0.1, architecture_share=1.0, freeze=20, seed=seed,
     )  # fmt: skip
     recipe = override(SEARCH_RECIPES["human-numbers"], options)
     model, _ = search_par(corpus, recipe, tmp_path, devices=1)
     attention = model.probabilities()[:, 0]
     assert ("s" in model.derive()) == keeps
-    assert (attention.max() > 0.8) if keeps else (attention.max() < 0.4), attention
+    assert (attention.max() > 0.9) if keeps else (attention.max() < 0.25), attention  # from 1/3
 
 
 def probabilities_by_step(folder):
