@@ -83,8 +83,9 @@ def fit(
     start: str | Path | None = None,
     resume: str | Path | None = None,
 ) -> History:
-    """Train ``model`` in place and leave ``best`` and ``last`` (``.ckpt`` and ``.safetensors``), ``losses.png``,
-    ``vocabulary.txt`` and TensorBoard's events in ``out``; after Ctrl-C also ``interrupted.ckpt``.
+    """Train ``model`` in place and leave ``best`` and ``last`` (``.ckpt`` and ``.safetensors``: at the validation with
+    the least loss, and at the last one), ``losses.png``, ``vocabulary.txt`` and TensorBoard's events in ``out``; after
+    Ctrl-C also ``interrupted.ckpt``.
 
     Args:
         model: as :class:`LanguageModel` wants it.
@@ -122,7 +123,9 @@ def fit(
             *([ValidateLast()] if recipe.max_steps or recipe.eval_every else []),
             LearningRateMonitor("step"),
             RandomState(),
-            ModelCheckpoint(out, "best", monitor="val_loss", save_last=True, enable_version_counter=False),
+            ModelCheckpoint(out, "best", monitor="val_loss", enable_version_counter=False),
+            # Not save_last, which is the last that was also the best
+            ModelCheckpoint(out, "last", enable_version_counter=False),
             SaveOnInterrupt(out / "interrupted.ckpt"),
             RichProgressBar(refresh_rate=10),
         ],
