@@ -1,5 +1,6 @@
 """The ``par-xl`` command. A subcommand imports what it needs when it runs; ``par-xl info`` does without Lightning."""
 
+import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -13,10 +14,12 @@ from rich.table import Table
 import par_xl
 from par_xl.cli_common import (
     check_vocabulary,
+    check_weights,
     choose,
     console,
     parse_options,
     quiet,
+    read_devices,
     show,
     show_architecture,
     write_record,
@@ -110,7 +113,7 @@ def train(
     if pattern is not None and architecture != "par":
         raise ValueError(f"--pattern is for par, not for {architecture}")
     if pattern and set(pattern) <= set("sf-"):  # not the name of a rule
-        chosen["n_layer"] = str(len(pattern))
+        chosen.setdefault("n_layer", str(len(pattern)))
     how = dict(backend=backend, precision=precision, devices=devices, compile=compile, resume=resume, start=start)
     _train(architecture, data, recipe, out, chosen, how)
 
@@ -151,7 +154,9 @@ def derive(
     out = out or run / "derived"
     derived = model.derived()
     save_run(derived, vocabulary, out)
-    write_record(out / "result.json", {"architecture": "par", "model": asdict(derived.config), "from": str(run)})
+    step = json.loads((run / "result.json").read_text())["result"]["step"]
+    source = {"from": str(run), "step": step}
+    write_record(out / "result.json", {"architecture": "par", "model": asdict(derived.config), **source})
     show_architecture(model)
     console.print(f"the plain model is in {out}; par-xl train par --start {out} trains it on,", highlight=False)
     console.print(f"par-xl train par --pattern={model.derive()} from new weights", highlight=False)
@@ -163,25 +168,20 @@ def _train(
     """What ``train`` and ``search`` do."""
     quiet()
     from par_xl.data import load_corpus
-    from par_xl.training import TRAININGS, load_run, override
+    from par_xl.training import TRAININGS, override
 
+    how["devices"] = read_devices(how["devices"])
     recipes, run = choose(TRAININGS, architecture, "architecture")
     kind = data.split(":")[0]
     name = recipe or (kind if kind in recipes else "wikitext-2")
     settings = choose(recipes, name, "recipe")
     corpus = load_corpus(data)
     if how.get("start") is not None:
-        begun, vocabulary = load_run(how["start"])
-        check_vocabulary(vocabulary, corpus, data, how["start"])
-        if type(begun.config) is not settings.config_class:
-            raise ValueError(f"--start: {how['start']} holds a {type(begun).__name__}, which {architecture} is not")
-        begun_with = {key: value for key, value in asdict(begun.config).items() if key != "vocab_size"}
-        settings = replace(settings, model=begun_with)
-    settings = override(settings, options)
+        settings = _continued(how["start"], architecture, corpus, data, settings, options)
+    else:
+        settings = override(settings, options)
     out = out or Path("runs") / architecture
     console.print(f"{data}: {len(corpus.train):,} tokens, {len(corpus.vocabulary):,} words; recipe {name}")
-    if how["devices"] != "auto":
-        how["devices"] = int(how["devices"])
     model, history = run(corpus, settings, out, **how)
     result = {
         **history.valid[-1],
@@ -196,6 +196,22 @@ def _train(
     show(result)
     console.print(f"weights, losses.png, result.json and TensorBoard's events are in {out}", highlight=False)
     return model, out
+
+
+def _continued(run: Path, architecture: str, corpus: Any, data: str, settings: Any, options: dict[str, str]) -> Any:
+    """``settings`` with the model of ``run``, of which ``options`` may change what its weights do not depend on."""
+    from par_xl.training import load_run, override
+    from par_xl.training.saved import ARCHITECTURES
+
+    begun, vocabulary = load_run(run)
+    check_vocabulary(vocabulary, corpus, data, run)
+    model_class: Any = ARCHITECTURES[architecture][0]
+    if type(begun) is not model_class:
+        raise ValueError(f"--start: {run} holds a {type(begun).__name__}, which {architecture} is not")
+    begun_with = {key: value for key, value in asdict(begun.config).items() if key != "vocab_size"}
+    settings = override(replace(settings, model=begun_with), options)
+    check_weights(begun, settings.config_class(vocab_size=len(corpus.vocabulary), **settings.model), run)
+    return settings
 
 
 @app.command(name="eval", no_args_is_help=True)

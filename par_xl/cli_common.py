@@ -28,9 +28,28 @@ def parse_options(options: list[str] | None, **more: Any) -> dict[str, str]:
     return parsed | {name: str(value) for name, value in more.items() if value is not None}
 
 
+def read_devices(text: str) -> int | str:
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise ValueError(f"--devices must be auto or a positive number, not {text!r}")
+    return text if text == "auto" else int(text)
+
+
 def check_vocabulary(vocabulary: Any, corpus: Any, data: str, run: Path) -> None:
     if corpus.vocabulary.words != vocabulary.words:
         raise ValueError(f"{data} is not what {run} was trained on: its vocabulary is another one")
+
+
+def check_weights(model: Any, config: Any, run: Path) -> None:
+    """That a model of ``config`` has the parameters of ``model``, which is that of ``run``."""
+    import torch
+
+    with torch.device("meta"):
+        other = type(model)(config)
+    shapes, others = ({name: x.shape for name, x in m.state_dict().items()} for m in (model, other))
+    if others != shapes:
+        options = [(name, value, getattr(config, name)) for name, value in vars(model.config).items()]
+        changed = [f"{name} = {value!r}, not {given!r}" for name, value, given in options if value != given]
+        raise ValueError(f"--start: the weights of {run} are for {', '.join(changed)}")
 
 
 def choose(table: dict[str, Any], name: str, what: str) -> Any:

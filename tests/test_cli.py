@@ -147,11 +147,25 @@ def test_two_ranks_on_a_folder_of_text(tmp_path):
         (["--data", "human-numbers", "--set", "depth=3"], "no option 'depth'"),
         (["--data", "human-numbers", "--set", "depth"], "NAME=VALUE"),
         (["--data", "human-numbers", "--backend", "cudnn"], "'cudnn'"),
+        (["--data", "human-numbers", "--devices", "0"], "--devices must be auto or a positive number, not '0'"),
+        (["--data", "human-numbers", "--devices", "two"], "--devices must be auto or a positive number, not 'two'"),
     ],
 )
 def test_mistakes_are_one_line(command, arguments, message, tmp_path):
     code, _, errors = command("train", "awd-lstm", *arguments, "--out", tmp_path)
     assert code == 2 and message in errors and len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize("architecture", ["compressive", "par", "transformer-xl", None])
+def test_bytes_have_recipes(command, tmp_path, architecture):
+    """By default; their models have no cutoffs."""
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.txt").write_text("the cat sat on the mat\n" * 30)
+    sizes = ("n_layer=1", "n_head=1", "d_model=8", "d_head=8", "d_inner=8", "max_steps=1", "warmup=0")
+    start = ("train", architecture) if architecture else ("search", "--set", "freeze=0")
+    small = [word for option in sizes for word in ("--set", option)]
+    code, shown, errors = command(*start, "--data", f"bytes:{tmp_path}", "--out", tmp_path / "run", *small)
+    assert code == 0 and "recipe bytes" in shown, errors
 
 
 def test_demo(command, tmp_path):
@@ -219,8 +233,13 @@ def test_search_derive_train_evaluate_and_generate(command, tmp_path):
     for name in ("architecture.png", "architecture.gif", "architecture.json", "vocabulary.model"):
         assert (run / name).stat().st_size > 0
 
+    weights = safetensors.torch.load_file(run / "last.safetensors")
+    weights["choice.pi"] = -weights["choice.pi"]  # the best validation was of another architecture
+    safetensors.torch.save_file(weights, run / "best.safetensors")
     code, shown, errors = command("derive", run)
     assert code == 0 and record["pattern"] in shown, errors
+    derived = json.loads((run / "derived" / "result.json").read_text())
+    assert (derived["model"]["pattern"], derived["step"]) == (record["pattern"], 25)
     evaluated = []
     for folder in (run, run / "derived"):
         code, shown, errors = command("eval", folder, "--data", pieces, "--batch-size", 2, "--bptt", 8)
@@ -231,9 +250,9 @@ def test_search_derive_train_evaluate_and_generate(command, tmp_path):
     code, shown, errors = command("generate", run / "derived", "--prompt", "the cat", "--tokens", 8)
     assert code == 0 and shown.startswith("the cat") and "▁" not in shown, errors
 
-    train = ("train", "par", "--data", pieces)
+    train, begun = ("train", "par", "--data", pieces), ("--start", run / "derived")
     more = ("--out", tmp_path / "more", *small[-8:], "--set", "bptt=8", "--set", "batch_size=4")
-    code, _, errors = command(*train, "--start", run / "derived", *more)
+    code, _, errors = command(*train, *begun, *more)
     assert code == 0, errors
     trained_on = json.loads((tmp_path / "more" / "result.json").read_text())
     assert trained_on["model"]["pattern"] == record["pattern"]
@@ -246,7 +265,11 @@ def test_search_derive_train_evaluate_and_generate(command, tmp_path):
     for arguments, complaint in [
         (("derive", tmp_path / "par"), "only a search has"),
         ((*train, "--pattern", "sxf"), "pattern must consist of"),
-        ((*train, "--start", run), "pattern must not be empty"),
+        ((*train, "--start", run), "holds a ParSuperNet, which par is not"),
+        ((*train, *begun, "--pattern", "ssss"), f"n_layer = 3, not 4, pattern = '{record['pattern']}', not 'ssss'"),
+        ((*train, *begun, "--set", "d_model=32"), "derived are for d_model = 16, not 32"),
+        ((*train, "--pattern", "sf", "--set", "n_layer=5"), "pattern must have n_layer = 5 blocks, not 2"),
+        (("generate", run, "--prompt", "the cat", "--tokens", -3), "n_tokens must not be negative, not -3"),
         (("train", "transformer-xl", "--data", pieces, "--start", run), "holds a ParSuperNet"),
         (("train", "awd-lstm", "--data", pieces, "--pattern", "sf"), "--pattern is for par"),
     ]:

@@ -70,12 +70,13 @@ def test_table_is_measured_once_for_each_configuration(tmp_path, monkeypatch):
     assert len(calls) == 1
     for other, batch_size, precision in (
         (network(mem_len=3), 4, "32-true"),
+        (network(clamp_len=3), 4, "32-true"),
         (network(), 5, "32-true"),
         (network(), 4, "bf16-mixed"),
     ):
         block_seconds(other, batch_size, 12, precision=precision)
-    assert len(calls) == 4
-    assert len(json.loads((tmp_path / "latency.json").read_text())) == 4
+    assert len(calls) == 5
+    assert len(json.loads((tmp_path / "latency.json").read_text())) == 5
     assert [p.name for p in tmp_path.iterdir()] == ["latency.json"]
 
 

@@ -8,7 +8,7 @@ import torch
 from kimiyoung import Reference
 from safetensors import safe_open
 
-from par_xl.models import TransformerXL
+from par_xl.models import ParSuperNet, ParTransformerXL, TransformerXL
 
 FIXTURES = Path(__file__).parent / "fixtures"
 V, D, HEADS, WIDTH, INNER, LAYERS = 30, 12, 2, 5, 14, 2
@@ -177,6 +177,12 @@ def test_a_weight_that_is_missing_is_named():
     state.pop("layers.1.dec_attn.r_net.weight")
     with pytest.raises(RuntimeError, match=r"layers\.1\.dec_attn\.r_net\.weight"):
         TransformerXL.from_kimiyoung(state, SIZES)
+
+
+@pytest.mark.parametrize("model", [ParTransformerXL, ParSuperNet])
+def test_networks_of_single_blocks_load_no_transformer_xl(model):
+    with pytest.raises(ValueError, match=f"a TransformerXL's, not a {model.__name__}'s"):
+        model.from_kimiyoung(kimiyoung_state(SIZES, True, []), SIZES)
 
 
 def test_our_state_dict_is_kimiyoungs():

@@ -113,3 +113,20 @@ def test_files_of_a_run(uninterrupted, corpus, tmp_path):
         assert loaded.decoder.weight is loaded.encoder.weight
     assert len(history.valid) == 1 and history.tokens == 4 * (1500 // 4)
     assert set(history.valid[0]) == {"step", "val_loss", "val_perplexity", "val_word_perplexity", "val_accuracy"}
+
+
+def test_best_and_last_differ_where_the_loss_rises(corpus, tmp_path):
+    class Spoil(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:  # from here on no step mends it
+                kept.extend(p.detach().clone() for p in module.model.parameters())
+                module.model.decoder.weight.data *= 1000
+
+    kept, model = [], small_awd_lstm(corpus)
+    history = fit(model, corpus, EXACT["one-cycle"], tmp_path, callbacks=[RNNTrainer(12), Spoil()], devices=1)
+    losses = [v["val_loss"] for v in history.valid]
+    assert min(losses) == losses[0]
+    for name, expected in (("best", kept), ("last", model.parameters())):
+        loaded = AWDLSTM(model.config)
+        safetensors.torch.load_model(loaded, tmp_path / f"{name}.safetensors")
+        assert all(map(torch.equal, loaded.parameters(), expected))

@@ -160,3 +160,7 @@ def test_override():
             override(recipe, bad)
     with pytest.raises(ValueError, match="no option 'vocab_size'"):
         override(recipe, {"vocab_size": "3"})
+    lists = [override(recipe, {"cutoffs": given}).model["cutoffs"] for given in ("", "9", "9,20", (9, 20))]
+    assert lists == [(), (9,), (9, 20), (9, 20)]
+    with pytest.raises(ValueError, match="cutoffs must be of type tuple, not '9,,20'"):
+        override(recipe, {"cutoffs": "9,,20"})

@@ -147,6 +147,8 @@ def continue_text(
         raise ValueError(f"prompt must have shape (B, T) with T > 0, not {tuple(prompt.shape)}")
     if temperature < 0 or top_k < 0:
         raise ValueError(f"temperature and top_k must not be negative, not {temperature} and {top_k}")
+    if n_tokens < 0:
+        raise ValueError(f"n_tokens must not be negative, not {n_tokens}")
     training = model.training
     model.eval()
     try:

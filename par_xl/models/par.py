@@ -1,6 +1,6 @@
 """The PAR Transformer-XL: Mandava, Migacz, Florea: Pay Attention when Required (arXiv 2009.04534)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,10 @@ from par_xl.nn.relaxed_one_hot import RelaxedOneHot
 from par_xl.ops.mix import mix
 
 CHOICES = "sf-"  # attention, dense, identity: the order of the weights
+
+
+def _refuse(cls: type, config: Any, state_dict: Mapping[str, Tensor]) -> Any:
+    raise ValueError(f"these weights are a TransformerXL's, not a {cls.__name__}'s: load them with TransformerXL")
 
 
 class ParTransformerXL(TransformerXL):
@@ -42,6 +46,8 @@ class ParTransformerXL(TransformerXL):
 
     def _make_layers(self) -> Iterable[DecoderLayer]:
         return (DecoderLayer(self.config, part) for part in self.config.pattern)
+
+    _loaded: Any = classmethod(_refuse)
 
 
 class StochasticBlock(DecoderLayer):
@@ -179,6 +185,8 @@ class ParSuperNet(TransformerXL):
         if memory is not None:
             memory = memory[[i for i, part in enumerate(model.config.pattern) if part == "s"]]
         return model.generate(prompt, n_tokens, memory=memory, **options)
+
+    _loaded: Any = classmethod(_refuse)
 
     def get_extra_state(self) -> Tensor:
         return torch.empty(0, dtype=torch.uint8) if self.generator is None else self.generator.get_state()

@@ -25,15 +25,14 @@ class ArchitectureHistory(L.Callback):
         self.snapshots: list[tuple[int, list[list[float]]]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.last = pl_module.total_steps()  # type: ignore[operator]
-        self.every = max(1, self.last // SNAPSHOTS)
+        self.every = max(1, pl_module.total_steps() // SNAPSHOTS)  # type: ignore[operator]
         if not self.snapshots:
             self._take(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every == 0 or trainer.global_step == self.last:
+        if trainer.global_step % self.every == 0:
             self._take(trainer, pl_module)
 
     def _take(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -43,6 +42,8 @@ class ArchitectureHistory(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        if self.snapshots[-1][0] != trainer.global_step:
+            self._take(trainer, pl_module)
         steps, probabilities = zip(*self.snapshots, strict=True)
         record = {"choices": CHOICES, "steps": steps, "probabilities": probabilities}
         (self.folder / "architecture.json").write_text(json.dumps(record) + "\n")

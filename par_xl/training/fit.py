@@ -58,6 +58,11 @@ class Recipe:
     seed: int = 0
     model: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "eval_every", "clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+
     def optimization(self) -> dict[str, Any]:
         """The options of :class:`LanguageModel`."""
         return {name: getattr(self, name) for name in ("optimizer", "lr", "weight_decay", "schedule", "warmup")}
@@ -79,8 +84,9 @@ def fit(
     start: str | Path | None = None,
     resume: str | Path | None = None,
 ) -> History:
-    """Train ``model`` in place and leave ``best`` and ``last`` (``.ckpt`` and ``.safetensors``), ``losses.png``,
-    ``vocabulary.txt`` and TensorBoard's events in ``out``; after Ctrl-C also ``interrupted.ckpt``.
+    """Train ``model`` in place and leave ``best`` and ``last`` (``.ckpt`` and ``.safetensors``: at the validation with
+    the least loss, and at the last one), ``losses.png``, ``vocabulary.txt`` and TensorBoard's events in ``out``; after
+    Ctrl-C also ``interrupted.ckpt``.
 
     Args:
         model: as :class:`LanguageModel` wants it.
@@ -118,7 +124,9 @@ def fit(
             *([ValidateLast()] if recipe.max_steps or recipe.eval_every else []),
             LearningRateMonitor("step"),
             RandomState(),
-            ModelCheckpoint(out, "best", monitor="val_loss", save_last=True, enable_version_counter=False),
+            ModelCheckpoint(out, "best", monitor="val_loss", enable_version_counter=False),
+            # Not save_last, which is the last that was also the best
+            ModelCheckpoint(out, "last", enable_version_counter=False),
             SaveOnInterrupt(out / "interrupted.ckpt"),
             RichProgressBar(refresh_rate=10),
         ],

@@ -104,10 +104,11 @@ def block_seconds(
     table = table or default_cache_dir() / "latency.json"
     c, like = model.config, next(model.parameters())
     found = versions()
-    sizes = {name: getattr(c, name) for name in ("d_model", "n_head", "d_head", "d_inner", "mem_len", "same_length")}
+    names = ("d_model", "n_head", "d_head", "d_inner", "mem_len", "clamp_len", "same_length", "pre_lnorm")
+    sizes = {name: getattr(c, name) for name in names}
     where = {"device": device_name(), "type": like.device.type, "torch": found["torch"], "par_xl": found["par_xl"]}
     how = {"backend": registry._selected, "precision": precision, "dtype": str(like.dtype)}
-    key = json.dumps({**where, **how, "batch_size": batch_size, "bptt": bptt, "pre_lnorm": c.pre_lnorm, **sizes})
+    key = json.dumps({**where, **how, "batch_size": batch_size, "bptt": bptt, **sizes})
     entries: dict[str, Any] = json.loads(table.read_text()) if table.exists() else {}
     if key not in entries:
         entries[key] = measure_blocks(model, batch_size, bptt)

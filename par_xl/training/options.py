@@ -27,7 +27,7 @@ def override(recipe: R, options: dict[str, Any]) -> R:
 
 
 def read_option(name: str, value: Any, default: Any) -> Any:
-    """``value``, a string perhaps, as the type of ``default``; a tuple is read from ``2000,10000``.
+    """``value``, a string perhaps, as the type of ``default``; a tuple from ``2000,10000``, and from "" an empty one.
 
     Raises:
         ValueError: it cannot be.
@@ -36,8 +36,8 @@ def read_option(name: str, value: Any, default: Any) -> Any:
     try:
         if kind is bool:
             return _BOOLEANS[str(value).lower()]
-        if kind is tuple:
-            return tuple(int(part) for part in value.split(",")) if isinstance(value, str) else tuple(value)
+        if kind is tuple and isinstance(value, str):
+            return tuple(int(part) for part in value.split(",") if value)
         return kind(value)
     except (KeyError, ValueError):
         raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}") from None

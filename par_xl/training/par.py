@@ -29,7 +29,7 @@ def _retrained(name: str) -> ParRecipe:
     )
 
 
-PAR_RECIPES = {name: _retrained(name) for name in ("human-numbers", "wikitext-2")}
+PAR_RECIPES = {name: _retrained(name) for name in ("human-numbers", "wikitext-2", "bytes")}
 
 
 def train_par(corpus: Corpus, recipe: ParRecipe, out: str | Path, **options: Any) -> tuple[ParTransformerXL, History]:

@@ -32,25 +32,32 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type]] = {
 }
 
 
-def load_run(folder: str | Path, weights: str = "best") -> tuple[Any, Vocabulary]:
+def load_run(folder: str | Path, weights: str = "") -> tuple[Any, Vocabulary]:
     """The model of a finished run, in evaluation mode, and its vocabulary. Reads JSON and safetensors, no pickle.
 
     Args:
         folder: the run's, with ``result.json`` (par-xl train), ``vocabulary.txt`` and the weights.
-        weights: "best" or "last".
+        weights: "best" or "last"; default: "last" of a search, whose pattern and result are of the last step (the best
+            validation may have been of another architecture), and otherwise "best".
 
     Raises:
         FileNotFoundError: a file is missing.
     """
     folder = Path(folder)
-    for name in ("result.json", "vocabulary.txt", f"{weights}.safetensors"):
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {name}")
+    _check(folder, "result.json", "vocabulary.txt")
     record = json.loads((folder / "result.json").read_text())
+    weights = weights or ("last" if record["architecture"] == "par-supernet" else "best")
+    _check(folder, f"{weights}.safetensors")
     model_class, config_class = ARCHITECTURES[record["architecture"]]
     model = model_class(config_class(**record["model"]))
     load_model(model, folder / f"{weights}.safetensors")
     return model.eval(), load_vocabulary(folder)
+
+
+def _check(folder: Path, *names: str) -> None:
+    for name in names:
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {name}")
 
 
 def save_run(model: nn.Module, vocabulary: Vocabulary, folder: str | Path) -> None:

@@ -63,8 +63,12 @@ class SearchRecipe(Recipe):
     patience: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("temperature", self.temperature, TemperatureSchedule)
         temperature_at(self.temperature, self.temperature_start, self.temperature_end, 0.0)
+        if not (self.architecture_lr > 0 and self.architecture_decay >= 0):
+            given = f"{self.architecture_lr} and {self.architecture_decay}"
+            raise ValueError(f"architecture_lr must be positive and architecture_decay not negative, not {given}")
         if not 0 < self.architecture_share <= 1:
             raise ValueError(f"architecture_share must be above 0 and at most 1, not {self.architecture_share}")
         if not 0 <= self.held_out < 1:
@@ -108,7 +112,6 @@ class ArchitectureSearch(LanguageModel):
         self._block_seconds: list[float] = []
         self._held_out_memory: Any = None
         self._held_out_state: dict[str, Any] | None = None
-        self._held_out_batches: Iterator[Batch] | None = None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         weights, architecture = list(self.model.weight_parameters()), list(self.model.architecture_parameters())
@@ -123,7 +126,8 @@ class ArchitectureSearch(LanguageModel):
         if self.recipe.two_optimizers and self.recipe.freeze > self._last_step:
             steps = self.total_steps()
             raise ValueError(f"freeze must be below the number of steps, {steps}, not {self.recipe.freeze}")
-        self._held_out_memory = move_data_to_device(self._held_out_memory, self.device)
+        if self.held_out is not None:
+            self._start_held_out(self.held_out)
         if self.recipe.latency_target:
             self._block_seconds = self._block_seconds or self._measured()
             self.latency = LatencyPenalty(self._block_seconds, self.recipe.latency_target, self.recipe.latency_weight)
@@ -174,24 +178,30 @@ class ArchitectureSearch(LanguageModel):
         with _constant(self.model.architecture_parameters()):
             return self.model(tokens, targets, memory)
 
+    def _start_held_out(self, tokens: Tensor) -> None:
+        """From their begin, or from where the checkpoint left them."""
+        streams = self.recipe.batch_size * self.trainer.world_size
+        if len(tokens) <= streams:
+            raise ValueError(f"held_out must leave more than {streams} tokens, one a stream, not {len(tokens)}")
+        self._held_out_streams: ContiguousStreams = self.trainer.datamodule.streams(tokens)  # type: ignore[attr-defined]
+        if self._held_out_state is not None:
+            self._held_out_streams.load_state_dict(self._held_out_state)
+        self._held_out_batches = iter(self._held_out_streams)
+        self._held_out_memory = move_data_to_device(self._held_out_memory, self.device)
+
     def _next_held_out(self) -> Batch:
         """Windows of the held-out tokens, again from their begin, with an empty memory, when they are used up."""
-        if self._held_out_batches is None or self._held_out_streams.position == len(self._held_out_streams):
-            data = self.trainer.datamodule  # type: ignore[attr-defined]
-            self._held_out_streams: ContiguousStreams = data.streams(self.held_out)
-            if self._held_out_state is not None:
-                self._held_out_streams.load_state_dict(self._held_out_state)
-                self._held_out_state = None
-            else:
-                self._held_out_memory = None
-            self._held_out_batches = iter(self._held_out_streams)
-        return move_data_to_device(next(self._held_out_batches), self.device)
+        batch = next(self._held_out_batches, None)
+        if batch is None:
+            self._held_out_batches, self._held_out_memory = iter(self._held_out_streams), None
+            batch = next(self._held_out_batches)
+        return move_data_to_device(batch, self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         if self._block_seconds:
             checkpoint["block_seconds"] = self._block_seconds
-        if self._held_out_batches is not None:
+        if self.held_out is not None:
             checkpoint["held_out_position"] = self._held_out_streams.state_dict()
             memory = move_data_to_device(self._held_out_memory, "cpu")
             checkpoint["held_out_memory"] = from_all_ranks(memory)
@@ -246,6 +256,8 @@ SEARCH_RECIPES = {
         model=dict(n_layer=4, n_head=4, d_model=64, d_inner=128, dropout=0.1, mem_len=64),
     ),
     "wikitext-2": _WIKITEXT_2,
+    # Text as bytes ("bytes:FOLDER"), of which about four are a piece
+    "bytes": replace(_WIKITEXT_2, bptt=128, model={**_WIKITEXT_2.model, "mem_len": 64, "cutoffs": ()}),
     # With the published optimisation: one Adam, its rate and schedule, no clipping
     "published": replace(_WIKITEXT_2, lr=1e-4, warmup=4000, clip=0.0, freeze=0, two_optimizers=False),
 }

@@ -1,6 +1,6 @@
 """Recipes for Transformer-XL, and a run by one of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,29 @@ class TransformerXLRecipe(Recipe):
     config_class: ClassVar[type] = TransformerXLConfig
 
 
+# The size of the benchmark: 6 layers, d 256, 8 heads, 128 + 128
+_WIKITEXT_2 = TransformerXLRecipe(
+    epochs=10,
+    batch_size=8,
+    bptt=128,
+    lr=5e-4,
+    schedule="one-cycle",
+    clip=0.25,
+    model=dict(
+        n_layer=6,
+        n_head=8,
+        d_model=256,
+        d_head=32,
+        d_inner=1024,
+        dropout=0.2,
+        dropatt=0.1,
+        mem_len=128,
+        cutoffs=(2000, 10000),
+        div_val=2,
+        tie_projs=(False, True, True),
+    ),
+)
+_BYTES = dict(cutoffs=(), div_val=1, tie_projs=(), mem_len=480)
 TRANSFORMER_XL_RECIPES = {
     # Small enough for seconds on a CPU
     "human-numbers": TransformerXLRecipe(
@@ -30,28 +53,9 @@ TRANSFORMER_XL_RECIPES = {
         clip=0.25,
         model=dict(n_layer=2, n_head=4, d_model=64, d_head=16, d_inner=128, dropout=0.1, mem_len=32),
     ),
-    # The size of the benchmark: 6 layers, d 256, 8 heads, 128 + 128
-    "wikitext-2": TransformerXLRecipe(
-        epochs=10,
-        batch_size=8,
-        bptt=128,
-        lr=5e-4,
-        schedule="one-cycle",
-        clip=0.25,
-        model=dict(
-            n_layer=6,
-            n_head=8,
-            d_model=256,
-            d_head=32,
-            d_inner=1024,
-            dropout=0.2,
-            dropatt=0.1,
-            mem_len=128,
-            cutoffs=(2000, 10000),
-            div_val=2,
-            tie_projs=(False, True, True),
-        ),
-    ),
+    "wikitext-2": _WIKITEXT_2,
+    # Text as bytes ("bytes:FOLDER")
+    "bytes": replace(_WIKITEXT_2, epochs=1, bptt=192, model={**_WIKITEXT_2.model, **_BYTES}),
 }
 
 
