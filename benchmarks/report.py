@@ -25,7 +25,8 @@ def load(folder):
 def title(test, ours):
     """``test_forward[64x70-float32-native]`` as ``forward 64x70-float32``."""
     name, _, case = test.removeprefix("test_").partition("[")
-    return f"{name.replace('_', ' + ')} {case.rstrip(']').removesuffix(ours).rstrip('-')}".strip()
+    name = name.replace("forward_backward", "forward + backward").replace("_", " ")
+    return f"{name} {case.rstrip(']').removesuffix(ours).rstrip('-')}".strip()
 
 
 def rows(results):
@@ -61,26 +62,24 @@ def machine_line(results):
 
 
 def plot(results, path):
-    """Times of every candidate over ours, a bar each, on a logarithmic axis."""
-    cases = list(rows(results))
-    peers = list(dict.fromkeys(peer for _, _, case in cases for peer in case["times faster than"]))
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.16 * len(cases) * (len(peers) + 1)), layout="constrained")
-    height = 0.8 / len(peers)
-    for i, peer in enumerate(peers):
-        places = [
-            (n, case["times faster than"][peer])
-            for n, (_, _, case) in enumerate(cases)
-            if peer in case["times faster than"]
-        ]
-        axes.barh([n + i * height for n, _ in places], [ratio for _, ratio in places], height, label=peer)
+    """Times of every candidate over ours, a bar each beside its name, on a logarithmic axis."""
+    bars, middles, y = [], {}, 0.0
+    for benchmark, name, case in rows(results):
+        faster = case["times faster than"]
+        middles[f"{benchmark} {name}"] = y + (len(faster) - 1) / 2
+        bars += [(y + i, *pair) for i, pair in enumerate(faster.items())]
+        y += len(faster) + 0.7
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.12 * y), layout="constrained")
+    heights, _, ratios = zip(*bars, strict=True)
+    axes.barh(heights, ratios, 0.8)
+    for height, peer, ratio in bars:
+        axes.text(ratio * 1.03, height, f"{peer} {ratio:.2g}", fontsize=6, va="center")
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.set_yticks(
-        [n + 0.4 - height / 2 for n in range(len(cases))], [f"{b} {name}" for b, name, _ in cases], fontsize=7
-    )
-    axes.invert_yaxis()
+    axes.set_yticks(list(middles.values()), list(middles), fontsize=7)
+    axes.set_ylim(y - 1, -1)
+    axes.set_xlim(right=2 * max(ratios))
     axes.set_xlabel("times faster than the peer")
-    axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
