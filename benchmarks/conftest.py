@@ -75,27 +75,21 @@ def race(request, benchmark, device):
         result["ours"], result["baseline"] = ours, baseline
         benchmark.extra_info.update(result)
         benchmark.pedantic(candidates[ours], inputs[0], rounds=3, warmup_rounds=1)
-        collected(request.config).setdefault(request.path.stem, {})[request.node.name] = result
         print(f"\n{request.node.name}: {json.dumps(result)}")
+        save(request.config, request.path.stem, request.node.name, result)
 
     return run
 
 
-def collected(config):
+def save(config, benchmark, case, result):
+    """Write the results so far: a run that is cut off keeps them."""
     if not hasattr(config, "_races"):
         config._races = {}
-    return config._races
-
-
-def pytest_sessionfinish(session):
-    folder = session.config.getoption("results")
-    for name, cases in collected(session.config).items() if folder else ():
-        device = "cuda" if GPU else "cpu"
-        path = (
-            folder
-            / re.sub(r"\W+", "-", device_name().split(",")[0]).strip("-").lower()
-            / f"{name.removeprefix('bench_')}.json"
-        )
+    cases = config._races.setdefault(benchmark, {})
+    cases[case] = result
+    if folder := config.getoption("results"):
+        device = re.sub(r"\W+", "-", device_name().split(",")[0]).strip("-").lower()
+        path = folder / device / f"{benchmark.removeprefix('bench_')}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        ceiling = {key: round(value / 1e9, 1) for key, value in ceilings(device).items()}
+        ceiling = {key: round(value / 1e9, 1) for key, value in ceilings("cuda" if GPU else "cpu").items()}
         path.write_text(json.dumps({"machine": machine(), "ceilings, G/s": ceiling, "cases": cases}, indent=1) + "\n")
