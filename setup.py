@@ -45,10 +45,8 @@ def cuda_archs(nvcc):
     """The requested architectures that this nvcc knows, and those that it does not."""
     wanted = os.environ.get("PAR_XL_CUDA_ARCHS", "80 90 100").replace(",", " ").replace("sm_", "").split()
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    split = {True: [], False: []}
-    for arch in wanted:
-        split[f"compute_{arch}" in known].append(arch)
-    return split[True], split[False]
+    found = [arch for arch in wanted if f"compute_{arch}" in known]
+    return found, [arch for arch in wanted if arch not in found]
 
 
 def cuda_root(nvcc):

@@ -261,7 +261,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="hidden must have the batch and width of state"):
         new_memory().update(torch.randn(2, 4, 6))
     with pytest.raises(ValueError, match="hidden must have the batch and width of state"):
-        new_memory("conv", start="zero").update(torch.randn(3, 4, 5))
+        new_memory("conv", start="zero").update(torch.randn(3, 10, 5))  # some of it is compressed at once
 
 
 @pytest.mark.parametrize(

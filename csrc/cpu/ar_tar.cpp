@@ -1,5 +1,5 @@
 // AR/TAR on the CPU. Work is cut into strips of consecutive steps of one sequence; a strip of 64K elements is long enough
-// to stream and its previous row is still in the first-level cache. The cut depends on the shape alone, never on the
+// to stream and its previous rows are still in a near cache. The cut depends on the shape alone, never on the
 // number of threads, and partial sums are added in one order, so the same input gives the same bits.
 #include "common.h"
 
