@@ -285,7 +285,7 @@ def demo(
     info()
     console.print(check_ops())
     console.print(race(out, epochs))
-    console.print(f"both loss curves on top of each other: {out / 'losses.png'}", highlight=False)
+    console.print(f"both loss curves in one picture: {out / 'losses.png'}", highlight=False)
     console.print(f"the search as a picture and a film: {out / 'auto' / 'architecture'}.png and .gif", highlight=False)
 
 
