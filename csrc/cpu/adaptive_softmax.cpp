@@ -12,7 +12,7 @@
 namespace par_xl::PAR_XL_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 4096;  // columns that are summed in the arithmetic type; their sums are added in fp64
+constexpr int64_t BLOCK = 512;  // columns that are summed in the arithmetic type; their sums are added in fp64
 
 // Adds the bias; returns the largest logit.
 template <class T>
@@ -27,12 +27,13 @@ PAR_XL_INLINE T add_bias(T* z, const T* bias, int64_t columns) {
     return largest;
 }
 
-// Sum of exp(z - largest), which also takes the place of z if STORE.
+// Sum of exp(z - largest), which also takes the place of z if STORE. The next row, `ahead` of z, is fetched meanwhile.
 template <bool STORE, class T>
-PAR_XL_INLINE double exponentiate(T* z, T largest, int64_t columns) {
+PAR_XL_INLINE double exponentiate(T* z, T largest, int64_t columns, int64_t ahead) {
     double sum = 0;
     for (int64_t begin = 0; begin < columns; begin += BLOCK) {
         const int64_t end = min(begin + BLOCK, columns);
+        for (int64_t c = begin; c < end; c += 64 / sizeof(T)) __builtin_prefetch(z + ahead + c, 1, 2);
         T part = 0;
 #pragma omp simd reduction(+ : part)
         for (int64_t c = begin; c < end; ++c) {
@@ -69,7 +70,8 @@ void one_row(const AdaptiveRows& p, T* z, int64_t token) {
     // Relative to the largest logit, so that no digits are lost to its size.
     const double s = p.label_smoothing, of_target = double(z[y]) - largest;
     const double mean = s == 0 ? 0.0 : total(z, p.columns) / p.columns - largest;
-    const double sum = p.grad ? exponentiate<true>(z, largest, p.columns) : exponentiate<false>(z, largest, p.columns);
+    const auto sum_of = p.grad ? exponentiate<true, T> : exponentiate<false, T>;
+    const double sum = sum_of(z, largest, p.columns, p.stride);
     const double log_sum = std::log(sum), lse = largest + log_sum;
     static_cast<T*>(p.nll)[token] += T(log_sum - (1 - s) * of_target - s * mean + p.z_loss * lse * lse);
     if (!p.grad) return;

@@ -110,6 +110,22 @@ PAR_XL_INLINE void copy_row(T* to, const T* from, int64_t width, bool stream) {
     memcpy(to + i, from + i, (width - i) * sizeof(T));
 }
 
+// Copies two rows side by side, and fetches those that follow them: one stream alone does not fill the memory's bus.
+template <class T>
+PAR_XL_INLINE void copy_rows(T* to, const T* from, T* next_to, const T* next_from, int64_t width, bool stream) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    if (!stream || (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(next_to)) % 64 || width % LINE) {
+        copy_row(to, from, width, stream);
+        return copy_row(next_to, next_from, width, stream);
+    }
+    for (int64_t i = 0; i < width; i += LINE) {
+        __builtin_prefetch(from + 2 * width + i);
+        stream_line(to + i, from + i);
+        __builtin_prefetch(next_from + 2 * width + i);
+        stream_line(next_to + i, next_from + i);
+    }
+}
+
 // Calls f(choice) with the storage type of the chosen rows of max.
 template <class F>
 PAR_XL_INLINE void with_choice(const Compression& p, F&& f) {
@@ -194,27 +210,31 @@ PAR_XL_INLINE const T* recent(const MemoryUpdate& p, int64_t b, int64_t r) {
     return r < p.old_memory ? row<T>(p.state, b, p.old_compressed + r) : row<T>(p.hidden, b, r - p.old_memory);
 }
 
+// The row that row r of the update is a copy of; null for one that it compresses, which is then written.
 template <class T>
-void update_row(const MemoryUpdate& p, int64_t b, int64_t r, bool stream) {
-    T* out = row<T>(p.out, b, r);
+PAR_XL_INLINE const T* kept_row(const MemoryUpdate& p, int64_t b, int64_t r) {
     const int64_t left = p.old_memory + p.segment - p.new_memory;  // rows that leave the memory
-    const T* kept = nullptr;
-    if (r >= p.new_compressed) {
-        kept = recent<T>(p, b, left + r - p.new_compressed);
-    } else {
-        const int64_t slot = p.old_compressed + p.fresh_rows - p.new_compressed + r, n = slot - p.old_compressed;
-        if (n < 0) {
-            kept = row<T>(p.state, b, slot);
-        } else if (p.mode == Compressor::given) {
-            kept = row<T>(p.fresh, b, n);
-        } else {
-            // Of the rows that leave, the oldest ones that fill no group are dropped.
-            auto source = [&](int64_t j) { return recent<T>(p, b, left + (n - p.fresh_rows) * p.rate + j); };
-            if (p.mode == Compressor::mean) mean_of_rows(out, source, p.rate, p.width);
-            else max_of_rows(out, static_cast<uint8_t*>(nullptr), source, p.rate, p.width);
-        }
-    }
-    if (kept) copy_row(out, kept, p.width, stream);
+    if (r >= p.new_compressed) return recent<T>(p, b, left + r - p.new_compressed);
+    const int64_t slot = p.old_compressed + p.fresh_rows - p.new_compressed + r, n = slot - p.old_compressed;
+    if (n < 0) return row<T>(p.state, b, slot);
+    if (p.mode == Compressor::given) return row<T>(p.fresh, b, n);
+    // Of the rows that leave, the oldest ones that fill no group are dropped.
+    auto source = [&](int64_t j) { return recent<T>(p, b, left + (n - p.fresh_rows) * p.rate + j); };
+    T* out = row<T>(p.out, b, r);
+    if (p.mode == Compressor::mean) mean_of_rows(out, source, p.rate, p.width);
+    else max_of_rows(out, static_cast<uint8_t*>(nullptr), source, p.rate, p.width);
+    return nullptr;
+}
+
+// Rows r and r + 1 of the update.
+template <class T>
+void update_rows(const MemoryUpdate& p, int64_t b, int64_t r, bool stream) {
+    const int64_t n = min(2, p.new_compressed + p.new_memory - r);
+    const T* from[2] = {};
+    for (int64_t k = 0; k < n; ++k) from[k] = kept_row<T>(p, b, r + k);
+    if (from[0] && from[1]) return copy_rows(row<T>(p.out, b, r), from[0], row<T>(p.out, b, r + 1), from[1], p.width, stream);
+    for (int64_t k = 0; k < n; ++k)
+        if (from[k]) copy_row(row<T>(p.out, b, r + k), from[k], p.width, stream);
 }
 
 }  // namespace
@@ -268,8 +288,8 @@ void compress_backward(const Compression& p) {
 void memory_update(const MemoryUpdate& p) {
     dispatch(p.dtype, [&](auto storage) {
         using T = decltype(storage);
-        for_each_row(p.batch, p.new_compressed + p.new_memory, p.width * sizeof(T),
-                     [&](int64_t b, int64_t r, bool stream) { update_row<T>(p, b, r, stream); });
+        for_each_row(p.batch, ceil_div(p.new_compressed + p.new_memory, 2), 2 * p.width * sizeof(T),
+                     [&](int64_t b, int64_t pair, bool stream) { update_rows<T>(p, b, 2 * pair, stream); });
     });
 }
 
