@@ -5,7 +5,7 @@ recomputed, 16 D backward. The first candidate is the best eager layout (NVIDIA'
 no positions at all and is the floor of what the op could take.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -46,10 +46,11 @@ def position_scores(q, r, position_bias):
     return raw.view(batch, heads, keys, queries)[:, :, 1:].reshape(batch, heads, queries, keys - 1)
 
 
-def eager(q, k, v, r, u, w, k_memory, v_memory):
+def eager(q, k, v, r, u, w, k_memory, v_memory, return_received=False):
     k, v = joined(k, v, k_memory, v_memory)
     score = ((q + u[:, None]) @ k.mT + position_scores(q, r, w)) * q.shape[3] ** -0.5
-    return score.masked_fill(future(q, k), -torch.inf).softmax(3) @ v
+    weights = score.masked_fill(future(q, k), -torch.inf).softmax(3)
+    return (weights @ v, weights.sum(2)) if return_received else weights @ v
 
 
 def sdpa_mask(q, k, v, r, u, w, k_memory, v_memory):
@@ -85,10 +86,9 @@ def plain_sdpa(q, k, v, r, u, w, k_memory, v_memory):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=~future(q, k))
 
 
-def ours(backend, clamp_len=None):
+def ours(backend, **options):
     def call(q, k, v, r, u, w, k_memory, v_memory):
-        memory = k_memory, v_memory
-        return par_xl.rel_attention(q, k, v, r, u, w, memory=memory, clamp_len=clamp_len, backend=backend)
+        return par_xl.rel_attention(q, k, v, r, u, w, memory=(k_memory, v_memory), backend=backend, **options)
 
     return call
 
@@ -177,7 +177,15 @@ def test_clamped(race, device, backend, backward):
     rivals = {
         "eager": a_row_for_each_key(eager),
         "unclamped": a_row_for_each_key(ours(backend)),
-        backend: ours(backend, CLAMP),
+        backend: ours(backend, clamp_len=CLAMP),
     }
     rivals = {name: timed(call, backward) for name, call in rivals.items()}
     race(rivals, inputs, backend, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("backend", WITH_BACKWARD)
+def test_received(race, device, backend):
+    """The forward, with the attention that each key received."""
+    inputs = make_inputs(*CASES[0], device)
+    calls = {"eager": partial(eager, return_received=True), backend: ours(backend, return_received=True)}
+    race({name: timed(call, False) for name, call in calls.items()}, inputs, backend, tolerance=2e-2)

@@ -80,6 +80,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("rel_attention_forward_cpu", [](const RelAttention& p, int64_t threads, Address workspace, HeadsTuple out, Address lse) {
         CPU(rel_attention_forward)(p, threads, at(workspace), heads(out), at(lse));
     }, nogil());
+    m.def("rel_attention_received_cpu", [](const RelAttention& p, int64_t threads, Address workspace, Address lse, Address received) {
+        CPU(rel_attention_received)(p, threads, at(workspace), at(lse), at(received));
+    }, nogil());
     m.def("rel_attention_backward_cpu", [](const RelAttention& p, int64_t threads, Address workspace, HeadsTuple out,
                                            Address lse, HeadsTuple grad, HeadsTuple dq, std::array<HeadsTuple, 4> d, Address dr, Address d_biases) {
         const Heads d_keys_values[] = {heads(d[0]), heads(d[1]), heads(d[2]), heads(d[3])};

@@ -46,10 +46,10 @@ SCRATCH_BYTES = 2**28
 def _prepare(
     q, r, content_bias, position_bias, out, grad, lse, content_q, position_q, peak, delta, far_score,
     n_heads, n_queries, factor: tl.float64,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_CLAMP: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_CLAMP: tl.constexpr,
 ):  # fmt: skip
-    """Both queries in the forward's rounding, delta = grad . out, peak = lse in powers of two, and the position score
-    beyond the clamp."""
+    """Both queries in the forward's rounding, peak = lse in powers of two, delta = grad . out if there is a gradient,
+    and the position score beyond the clamp."""
     n_blocks = tl.cdiv(n_queries, BLOCK_M)
     pid = tl.program_id(0)
     h = pid // n_blocks % n_heads
@@ -62,8 +62,6 @@ def _prepare(
     top = tl.load(lse + row, mask=is_query, other=-float("inf"))
     sees = top != -float("inf")  # a row that sees no key has no gradient, whatever it holds
     rows = load_rows(head_rows(q, b, h, i), sees, dtype, WIDTH, BLOCK_D)  # [M, D]
-    d_out = load_rows(head_rows(grad, b, h, i), sees, wide, WIDTH, BLOCK_D)
-    product = load_rows(head_rows(out, b, h, i), sees, wide, WIDTH, BLOCK_D) * d_out
     content = biased(rows, content_bias, h, factor, dtype, WIDTH, BLOCK_D)
     position = biased(rows, position_bias, h, factor, dtype, WIDTH, BLOCK_D)
     store_rows(head_rows(content_q, b, h, i), content, is_query, BLOCK_D)
@@ -71,9 +69,28 @@ def _prepare(
     tl.store(
         peak + row, tl.where(sees, (top.to(tl.float64) * 1.4426950408889634).to(wide), float("inf")), mask=is_query
     )
-    tl.store(delta + row, tl.sum(product, 1), mask=is_query)
+    if HAS_GRAD:
+        d_out = load_rows(head_rows(grad, b, h, i), sees, wide, WIDTH, BLOCK_D)
+        product = load_rows(head_rows(out, b, h, i), sees, wide, WIDTH, BLOCK_D) * d_out
+        tl.store(delta + row, tl.sum(product, 1), mask=is_query)
     if HAS_CLAMP:
         tl.store((far_score + row)[:, None], far_scores(position, r, h, wide, WIDTH, BLOCK_D), mask=is_query[:, None])
+
+
+def prepare(q, r, content_bias, position_bias, lse, scale, has_clamp=False, out=None, grad=None):
+    """content_q and position_q ``(B, H, Q, BLOCK_D)``; peak, delta and far_score ``(B, H, Q)``, see _prepare."""
+    batch, heads, n_queries, width = q.shape
+    block_d = padded(width)
+    queries = q.new_empty(2, heads, batch, n_queries, block_d).transpose(1, 2).unbind()
+    rows = lse.new_empty(3, *lse.shape).unbind()
+    if q.numel():
+        _prepare[(batch * heads * triton.cdiv(n_queries, 16),)](
+            strided(q), strided(r), strided(content_bias), strided(position_bias),
+            strided(q if out is None else out), strided(q if grad is None else grad), lse,
+            *map(strided, queries), *rows, heads, n_queries, scale * LOG2_E,
+            WIDTH=width, BLOCK_M=16, BLOCK_D=block_d, HAS_GRAD=grad is not None, HAS_CLAMP=has_clamp,
+        )  # fmt: skip
+    return *queries, *rows
 
 
 def backward_tiles(n_queries: int, block_d: int, dtype: torch.dtype, arch: int, dropout: bool) -> Tiles:
@@ -127,14 +144,9 @@ def backward(
     left, right = min(left, n_keys), min(right, max(n_queries - 1, 0))
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     block_d = padded(width)
-    content_q, position_q = q.new_empty(2, heads, batch, n_queries, block_d).transpose(1, 2).unbind()
-    peak, delta, far_score, norm = lse.new_empty(4, *lse.shape).unbind()
-    if q.numel():
-        _prepare[(batch * heads * triton.cdiv(n_queries, 16),)](
-            strided(q), strided(r), strided(content_bias), strided(position_bias), strided(out), strided(grad), lse,
-            strided(content_q), strided(position_q), peak, delta, far_score, heads, n_queries, scale * LOG2_E,
-            WIDTH=width, BLOCK_M=16, BLOCK_D=block_d, HAS_CLAMP=has_clamp,
-        )  # fmt: skip
+    prepared = prepare(q, r, content_bias, position_bias, lse, scale, has_clamp, out, grad)
+    content_q, position_q, peak, delta, far_score = prepared
+    norm = torch.empty_like(lse)
     tensors = (
         strided(content_q), strided(position_q), strided(k), strided(v), strided(r),
         strided(k if absent else k_memory), strided(v if absent else v_memory),

@@ -27,6 +27,23 @@ def seen_by(j, n_queries, n_keys, left, right):
 
 
 @triton.jit
+def position_scores(
+    position, r, h, p, n_positions, from_left, places, zeros, never,
+    HAS_CLAMP: tl.constexpr, TYPE: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The position scores [N, M] of a transposed tile, whose left rows of r are p [N]; see rel_attention.py."""
+    BLOCK_N: tl.constexpr = zeros.shape[0]
+    BLOCK_D: tl.constexpr = position.shape[1]
+    left_r = position_rows(r, h, p, n_positions, HAS_CLAMP, TYPE, WIDTH, BLOCK_D)
+    right_r = position_rows(r, h, p + BLOCK_N, n_positions, HAS_CLAMP, TYPE, WIDTH, BLOCK_D)
+    left_scores = product(left_r, position.T, zeros, PRECISION)  # [N, M]
+    right_scores = product(right_r, position.T, zeros, PRECISION)
+    left_scores = end_chain(left_scores, never)
+    right_scores = end_chain(right_scores, never)
+    return permute_tile(tl.where(from_left, left_scores, right_scores), places)
+
+
+@triton.jit
 def differentiate_keys(
     content_q, position_q, k, v, r, k_memory, v_memory, lengths, seed, grad, peak, delta, far_score,
     norm, dk, dv, dk_memory, dv_memory,
@@ -72,13 +89,9 @@ def differentiate_keys(
         if NEAR:
             position = load_rows(head_rows(position_q, b, h, i), is_query, TYPE, BLOCK_D, BLOCK_D)
             p = n0 - m0 + far + 1 - (n_keys - n_queries) - BLOCK_N + c  # [N], the rows of left
-            left_r = position_rows(r, h, p, n_positions, HAS_CLAMP, TYPE, WIDTH, BLOCK_D)
-            right_r = position_rows(r, h, p + BLOCK_N, n_positions, HAS_CLAMP, TYPE, WIDTH, BLOCK_D)
-            left_scores = product(left_r, position.T, zeros, PRECISION)  # [N, M]
-            right_scores = product(right_r, position.T, zeros, PRECISION)
-            left_scores = end_chain(left_scores, m0 >= stop)
-            right_scores = end_chain(right_scores, m0 >= stop)
-            scores = permute_tile(tl.where(from_left, left_scores, right_scores), places)
+            scores = position_scores(
+                position, r, h, p, n_positions, from_left, places, zeros, m0 >= stop, HAS_CLAMP, TYPE, WIDTH, PRECISION
+            )
         else:
             scores = zeros + tl.load(far_score + head + i, mask=is_query, other=0)[None, :]
         scores = product(k_tile, content.T, scores, PRECISION)

@@ -21,6 +21,7 @@ CALLS = [  # file, function, arguments; constants of the file that take other va
     ("rel_attention", "test_forward_backward", ATTENTION, {}),
     ("rel_attention", "test_long_memory", dict(backend="native"), dict(LONG=(1, 2, 8, 24, 16))),
     ("rel_attention", "test_clamped", dict(backend="native", backward=True), dict(LONG=(1, 2, 8, 24, 16), CLAMP=9)),
+    ("rel_attention", "test_received", dict(backend="native"), dict(CASES=[((1, 2, 8, 8, 16), torch.float32)])),
     ("adaptive_softmax", "test_forward_backward", dict(n=64, d=16, classes=200, cutoffs=(20, 100)), {}),
     *(("compression", "test_pooling", dict(mode=m, ours="native"), dict(STEPS=8, WIDTH=16)) for m in ("mean", "max")),
     ("compression", "test_conv", dict(ours="native"), dict(STEPS=8, WIDTH=16)),

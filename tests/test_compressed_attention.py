@@ -5,10 +5,8 @@ import math
 import pytest
 import torch
 
-from par_xl.nn.attention_received import attention_received
 from par_xl.ops.compressed_attention import COMPRESSED, RECENT, compressed_attention, joint_scores
 from par_xl.ops.rel_attention import dropout_keep
-from par_xl.testing import peak_memory
 
 BACKENDS = ("eager", "native", "triton")
 
@@ -140,33 +138,17 @@ def test_compiled():
     torch.testing.assert_close(*results)
 
 
-def test_attention_received_with_a_clamp():
-    """Across blocks of queries."""
-    q, k, r = (torch.randn(*shape, dtype=torch.float64) for shape in ((1, 2, 70, 8), (1, 2, 75, 8), (2, 21, 8)))
-    rows = 20 - torch.arange(74, -1, -1).clamp(max=20)
-    parts = (k, r, r[:, 0], (*RECENT[:2], 20)), (k, r[:, rows], r[:, 0], RECENT)
-    torch.testing.assert_close(*(attention_received(q, r[:, 1], [part], 0.3) for part in parts))
-
-
-def test_attention_received_keeps_no_matrix_of_queries_times_keys():
-    q, k, r = torch.randn(1, 4, 1024, 16), torch.randn(1, 4, 2048, 16), torch.randn(4, 2048, 16)
-    matrices = 4 * 4 * 1024 * 2048
-    peak = peak_memory(lambda: attention_received(q, r[:, 0], [(k, r, r[:, 1], RECENT)], 0.3), q.device)
-    assert peak < matrices
-
-
-def test_attention_received():
-    """Of both parts, across blocks of queries: the column sums of the weights, which the values' gradient is."""
+@pytest.mark.parametrize("chosen", BACKENDS)
+def test_attention_received(chosen):
+    """Of both parts, dropout or not: the column sums of the weights, which the values' gradient is."""
     inputs = arguments(queries=70)
-    one = torch.ones_like(inputs["q"]) / inputs["q"].shape[1] / inputs["q"].shape[3]
-    out = written_out(**inputs)
+    one = torch.ones_like(inputs["q"]) / inputs["q"].shape[3]
     values = inputs["compressed"][1], inputs["memory"][1], inputs["v"]
-    wanted = torch.cat([x.sum((1, 3)) for x in torch.autograd.grad(out, values, one)], 1)
-    parts = [
-        (inputs["compressed"][0], inputs["compressed_r"], inputs["compressed_bias"], COMPRESSED),
-        (torch.cat([inputs["memory"][0], inputs["k"]], 2), inputs["r"], inputs["position_bias"], RECENT),
-    ]
-    got = attention_received(inputs["q"], inputs["content_bias"], parts, inputs["q"].shape[3] ** -0.5)
+    wanted = torch.cat([x.sum(3) for x in torch.autograd.grad(written_out(**inputs), values, one)], 2)
+    out, got = compressed_attention(**inputs, return_received=True, backend=chosen)
+    assert out.requires_grad and not got.requires_grad
+    torch.testing.assert_close(got, wanted)
+    _, got = compressed_attention(**inputs, return_received=True, dropout_p=0.5, backend=chosen)
     torch.testing.assert_close(got, wanted)
 
 

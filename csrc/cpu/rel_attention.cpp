@@ -9,13 +9,12 @@
 //
 //     products = content_q k^T + position_q r^T                     content_q, position_q: q + bias
 //     forward:   W = exp(scale * (products - max)), out = W v / sum
+//     received:  sum_a exp(scale * products - lse)
 //     backward:  W again, dW = grad v^T, dS = W * (dW - sum(W dW)), and one product for each gradient
 //
 // Work is cut by shape alone and a head's sums have one order, so the bits do not depend on the number of threads.
-#include <limits>
-
-#include "elementary.h"
 #include "rel_attention.h"
+#include "rel_attention_rows.h"
 
 namespace par_xl::PAR_XL_ISA {
 namespace {
@@ -23,54 +22,6 @@ namespace {
 template <class X>
 PAR_XL_INLINE X* at(const Heads& x, int64_t b, int64_t h, int64_t t) {
     return static_cast<X*>(x.data) + b * x.batch_stride + h * x.head_stride + t * x.time_stride;
-}
-
-// Products of a row to weights exp(scale * (product - max)). Returns 1 / sum of them (0 for an empty row), and lse.
-template <class T>
-PAR_XL_INLINE T softmax_row(T* score, const Span& s, T scale, T& lse) {
-    T largest = -std::numeric_limits<T>::infinity(), sum = 0;
-#pragma omp simd reduction(max : largest)
-    for (int64_t c = s.begin; c < s.end; ++c) largest = score[c] > largest ? score[c] : largest;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = s.begin; c < s.end; ++c) {
-        score[c] = exponential((score[c] - largest) * scale);
-        sum += score[c];
-    }
-    lse = s.begin < s.end ? largest * scale + std::log(sum) : -std::numeric_limits<T>::infinity();
-    return s.begin < s.end ? 1 / sum : 0;
-}
-
-// Turns the sign of the weights that dropout drops. (A weight of 0 has none to turn, and makes no difference.)
-template <class T>
-PAR_XL_INLINE void mark_dropped(T* weight, const Span& s, uint64_t seed, uint64_t offset, float dropout_p) {
-#pragma omp simd
-    for (int64_t c = s.begin; c < s.end; ++c) weight[c] = uniform(seed, offset + c) >= dropout_p ? weight[c] : -weight[c];
-}
-
-// weight <- W, what dropout leaves of weight * factor (dropped ones are negative); d_weight <- scale * dS. The sum of
-// W dW is taken from `whole`, if that is not null.
-template <class T>
-PAR_XL_INLINE void differentiate_row(T* weight, T* d_weight, const Span& s, T factor, T kept, T scale, const T* whole) {
-    T delta = 0;
-#pragma omp simd reduction(+ : delta)
-    for (int64_t c = s.begin; c < s.end; ++c) {
-        weight[c] *= factor;
-        d_weight[c] = weight[c] < 0 ? 0 : d_weight[c] * kept;
-        delta += weight[c] * d_weight[c];
-    }
-    if (whole) delta = *whole;
-#pragma omp simd
-    for (int64_t c = s.begin; c < s.end; ++c) {
-        T w = weight[c];
-        d_weight[c] = (w < 0 ? -w : w) * (d_weight[c] - delta) * scale;
-        weight[c] = w < 0 ? 0 : w * kept;
-    }
-}
-
-template <class T>
-PAR_XL_INLINE void zero_invisible(T* x, const Span& s) {
-    memset(x + s.read_begin, 0, (s.begin - s.read_begin) * sizeof(T));
-    memset(x + s.end, 0, (s.read_end - s.end) * sizeof(T));
 }
 
 // One thread and what it needs: a head's operands in the arithmetic type, a block's queries, scores and results.
@@ -151,6 +102,26 @@ public:
             unpack(d_value, d[1], b, h, p.keys, p.memory);
             unpack(d_key, d[2], b, h, p.memory, 0);
             unpack(d_value, d[3], b, h, p.memory, 0);
+        }
+    }
+
+    // The weights of each key, summed over the queries; lse may be that of a softmax over more keys than these.
+    void receive(int64_t part, int64_t h, const T* lse, T* received) {
+        pack_positions(h, false);
+        for (int64_t b = plan.first_sequence(part); b < plan.first_sequence(part + 1); ++b) {
+            T* sums = received + (b * p.heads + h) * plan.n_keys;
+            memset(sums, 0, plan.n_keys * sizeof(T));
+            pack_keys(p.k_memory, p.k, b, h, nullptr, key_t);
+            for (int64_t i = plan.first_row(); i < plan.end_row(b); i += plan.rows) {
+                const Block x = plan.block(b, i);
+                multiply_scores(x, b, h);
+                for (int64_t a = 0; a < x.rows; ++a) {
+                    const Span s = plan.span(x, a);
+                    const T *row = scores + a * x.pitch, peak = lse[(b * p.heads + h) * p.queries + i + a];
+#pragma omp simd
+                    for (int64_t c = s.begin; c < s.end; ++c) sums[x.key0 + c] += exponential(row[c] * T(p.scale) - peak);
+                }
+            }
         }
     }
 
@@ -357,6 +328,16 @@ void rel_attention_forward(const RelAttention& p, int64_t threads, void* workspa
         using X = decltype(storage);
         for_each_unit<X>(p, false, threads, workspace, [&](Worker<X>& worker, int64_t part, int64_t h) {
             worker.forward(part, h, out, static_cast<acc_t<X>*>(lse));
+        });
+    });
+}
+
+void rel_attention_received(const RelAttention& p, int64_t threads, void* workspace, const void* lse, void* received) {
+    dispatch(p.dtype, [&](auto storage) {
+        using X = decltype(storage);
+        using T = acc_t<X>;
+        for_each_unit<X>(p, false, threads, workspace, [&](Worker<X>& worker, int64_t part, int64_t h) {
+            worker.receive(part, h, static_cast<const T*>(lse), static_cast<T*>(received));
         });
     });
 }

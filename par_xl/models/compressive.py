@@ -14,11 +14,9 @@ from par_xl.models.compressive_config import CompressiveConfig
 from par_xl.models.compressive_layers import CompressedPositions, GRUGate
 from par_xl.models.output import ModelOutput, mean_nll
 from par_xl.models.transformer_xl import TransformerXL
-from par_xl.nn.attention_received import attention_received
 from par_xl.nn.compression_losses import AutoEncodingLoss, attention_reconstruction_loss, reduce_layers
 from par_xl.nn.compressive_memory import Compressor, Evicted, MemoryState, advance
 from par_xl.nn.rel_attention import CompressedPart, KeysValues
-from par_xl.ops.compressed_attention import COMPRESSED, RECENT
 
 # (rows, how many of them are compressed, attention received or None), the fields of a MemoryState, for each layer
 Memory = list[tuple[Tensor, int, Tensor | None]]
@@ -194,16 +192,11 @@ class CompressiveTransformer(TransformerXL):
             rows = None if own_waves is None else self.compressed_positions[str(i)](own_waves)
             memory, part = self.split_memory(i, attention.keys_values(state.rows), state.compressed, rows)
         r, content_bias, position_bias = attention.prepare(*positions)
-        options = self.attention_options()
-        out, q, k, _ = attention.attend(x, r, content_bias, position_bias, memory, compressed=part, **options)
-        usage = None
-        if received and state is not None:
-            parts = [] if part is None else [(part.compressed[0], part.compressed_r, part.compressed_bias, COMPRESSED)]
-            keys = k if memory is None else torch.cat((memory[0], k), 2)
-            clamp_len = options["clamp_len"]
-            parts.append((keys, r, position_bias, RECENT if clamp_len is None else (*RECENT[:2], clamp_len)))
-            usage = attention_received(q, content_bias, parts, attention.d_head**-0.5)
-        return layer.pos_ff(attention.residual(x, out)), usage
+        options = {**self.attention_options(), "return_received": received and state is not None}
+        biases = content_bias, position_bias
+        attended = attention.attend(x, r, *biases, memory, compressed=part, **options)
+        usage = None if attended.received is None else attended.received.mean(1)
+        return layer.pos_ff(attention.residual(x, attended.output)), usage
 
     def split_memory(
         self, i: int, keys_values: KeysValues, n_compressed: int, rows: Tensor | None

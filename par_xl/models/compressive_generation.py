@@ -65,7 +65,7 @@ class SegmentDecoder:
             near = None if rows is None else rows[:, room - steps : room + own - 1]
             old, part = self.model.split_memory(i, cache.read(), own, near)
             n_keys = len(cache) - own + steps
-            out, _, k, v = layer.dec_attn.attend(x, r[:, -n_keys:], *biases, old, compressed=part, **options)
+            out, k, v, _ = layer.dec_attn.attend(x, r[:, -n_keys:], *biases, old, compressed=part, **options)
             cache.append(k, v)
             x = layer.pos_ff(layer.dec_attn.residual(x, out))
         self.segment = torch.cat([self.segment, tokens], 1) if self.n_read else tokens

@@ -86,7 +86,7 @@ class Decoder:
         for layer in model.layers:
             if layer.dec_attn is not None:
                 cache, (rows, *biases) = next(states)
-                out, _, k, v = layer.dec_attn.attend(x, rows[:, -n_keys:], *biases, cache.read(), **options)
+                out, k, v, _ = layer.dec_attn.attend(x, rows[:, -n_keys:], *biases, cache.read(), **options)
                 cache.append(k, v)
                 x = layer.dec_attn.residual(x, out)
             if layer.pos_ff is not None:

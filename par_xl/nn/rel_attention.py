@@ -16,12 +16,13 @@ KeysValues = tuple[Tensor, Tensor]  # each (B, H, M, D)
 
 
 class Attended(NamedTuple):
-    """What a layer adds to its input ``(B, T, d)``, and the segment's queries, keys and values ``(B, H, T, D)``."""
+    """What a layer adds to its input ``(B, T, d)``, the segment's keys and values ``(B, H, T, D)``, and, if wanted, the
+    attention that each key received ``(B, H, K)``."""
 
     output: Tensor
-    q: Tensor
     k: Tensor
     v: Tensor
+    received: Tensor | None
 
 
 class CompressedPart(NamedTuple):
@@ -115,18 +116,22 @@ class _RelMultiHeadAttn(MemoryAttention):
         window: Window | None,
         compressed: CompressedPart | None = None,
         clamp_len: int | None = None,
+        return_received: bool = False,
     ) -> Attended:
         """With positions ``r (H, P, D)`` and a memory of keys and values; with compressed ones before it, unclamped."""
         q, k, v = self.split(self.qkv_net(self.normed(w)))
         options: dict[str, Any] = {"memory": memory, "scale": self.d_head**-0.5, "dropout_p": self.dropout_p}
+        if return_received:
+            options["return_received"] = True
         if compressed is None:
             options |= {"window": window, "clamp_len": clamp_len}
             heads = self.attention(q, k, v, r, content_bias, position_bias, **options)
         else:
             heads = compressed_attention(q, k, v, r, content_bias, position_bias, **compressed._asdict(), **options)
-        return Attended(self.output(heads), q, k, v)
+        heads, received = heads if return_received else (heads, None)
+        return Attended(self.output(heads), k, v, received)
 
-    attention: Callable[..., Tensor] = staticmethod(rel_attention)
+    attention: Callable[..., Any] = staticmethod(rel_attention)
 
 
 class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):

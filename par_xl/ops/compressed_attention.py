@@ -16,6 +16,7 @@ Rae et al. (arXiv 1911.05507); sonnet v1 ``nets/transformer.py``, ``MultiheadAtt
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,19 +31,20 @@ from par_xl.ops.rel_attention import (
     masked_scores,
 )
 from par_xl.ops.rel_attention_inputs import UNLIMITED, bias_of, check_tensor, check_tensors
+from par_xl.ops.rel_attention_received import attention_received
 
 COMPRESSED = UNLIMITED, UNLIMITED, UNLIMITED  # every query sees every compressed key
 RECENT = UNLIMITED, 0, UNLIMITED
 Part = tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]  # keys, position rows and bias, (left, right, clamp_len)
 
 
-def joint_scores(q: Tensor, content_bias: Tensor, parts: Sequence[Part], scale: float, **queries: int) -> Tensor:
-    """The scores ``(B, H, Q, K)`` of several parts of the keys side by side; ``queries`` as in masked_scores."""
+def joint_scores(q: Tensor, content_bias: Tensor, parts: Sequence[Part], scale: float) -> Tensor:
+    """The scores ``(B, H, Q, K)`` of several parts of the keys side by side."""
     wide = acc_dtype(q)
     scores = []
     for part in parts:
         x, k, r, u, v = (x.to(wide) for x in (q, part[0], part[1], content_bias, part[2]))
-        scores.append(masked_scores(x, k, r, u, v, None, 0, *part[3], scale, **queries))  # type: ignore[arg-type]
+        scores.append(masked_scores(x, k, r, u, v, None, 0, *part[3], scale))
     return torch.cat(scores, 3)
 
 
@@ -50,22 +52,25 @@ def compressed_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, r: Tensor, content_bias: Tensor, position_bias: Tensor,
     k_memory: Tensor | None, v_memory: Tensor | None, k_compressed: Tensor, v_compressed: Tensor,
     r_compressed: Tensor, compressed_bias: Tensor, seeds: Tensor | None, scale: float, dropout_p: float,
-) -> Tensor:  # fmt: skip
+    return_received: bool,
+) -> Any:  # fmt: skip
     """The specification, in plain PyTorch: the scores of both parts side by side, and one softmax."""
     if k_memory is not None and v_memory is not None:
         k, v = torch.cat((k_memory, k), 2), torch.cat((v_memory, v), 2)
     parts = [(k_compressed, r_compressed, compressed_bias, COMPRESSED), (k, r, position_bias, RECENT)]
     weights = joint_scores(q, content_bias, parts, scale).softmax(3)
+    received = weights.detach().sum(2) if return_received else None
     if seeds is not None:
         pieces = zip(weights.split([k_compressed.shape[2], k.shape[2]], 3), seeds.split(1), strict=True)
         offsets = ((x, seed, torch.arange(x.numel(), device=q.device).view(x.shape)) for x, seed in pieces)
         kept = [torch.where(dropout_keep(seed, at, dropout_p), x, 0.0) for x, seed, at in offsets]
         weights = torch.cat(kept, 3) / (1 - dropout_p)
-    return (weights @ torch.cat((v_compressed, v), 2).to(weights.dtype)).to(q.dtype)
+    out = (weights @ torch.cat((v_compressed, v), 2).to(weights.dtype)).to(q.dtype)
+    return out if received is None else (out, received)
 
 
 class CompressedAttention(torch.autograd.Function):
-    """The fused op, see :func:`compressed_attention`.
+    """The fused op, see :func:`compressed_attention`; with the log-sum-exps as in RelAttention.
 
     ``CompressedAttention.apply(q, k, v, r, content_bias, position_bias, k_memory or None, v_memory or None,
     k_compressed, v_compressed, r_compressed, compressed_bias, seeds or None, scale, dropout_p, backend)``
@@ -79,12 +84,13 @@ class CompressedAttention(torch.autograd.Function):
         share_a, share_b = ((x - lse).exp()[..., None] for x in (lse_a, lse_b))
         out = (out_a * share_a + out_b * share_b).to(out_a.dtype)
         ctx.save_for_backward(*tensors, out, lse)
+        ctx.mark_non_differentiable(lse)
         ctx.options = options
-        return out
+        return out, lse
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         *tensors, out, lse = ctx.saved_tensors
         a, b = (BACKWARD(grad, *part[:10], out, lse, True, *part[10:], *ctx.options) for part in _parts(*tensors))
         memory = (None, None) if tensors[6] is None else b[6:]
@@ -118,21 +124,23 @@ def compressed_attention(
     memory: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    return_received: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """Causal :func:`par_xl.rel_attention` with compressed steps in front, which have position rows of their own.
 
     Nothing is concatenated and nothing of queries times keys is made: each part is one call of rel_attention's kernels.
 
     Args:
-        q, k, v, r, content_bias, position_bias, memory, scale, dropout_p, backend: as in rel_attention, without the
-            compressed steps.
+        q, k, v, r, content_bias, position_bias, memory, scale, dropout_p, return_received, backend: as in
+            rel_attention, without the compressed steps; these come first in the attention received.
         compressed: their keys and values, each ``(B, H, C, D)`` with ``C > 0``.
         compressed_r: ``(H, C + Q - 1, D)``, the rows of the distances C + Q - 1 to 1.
         compressed_bias: ``(H, D)``, added to the queries of their product. Default: zeros.
 
     Returns:
-        ``(B, H, Q, D)`` in q's dtype. Same input, same bits. A second derivative exists on the eager backend alone.
+        ``(B, H, Q, D)`` in q's dtype, or with ``return_received`` that and the attention received. Same input, same
+        bits. A second derivative exists on the eager backend alone.
 
     Raises:
         ValueError: a wrong rank, shape, device, scale, probability or backend.
@@ -158,8 +166,14 @@ def compressed_attention(
     old: tuple[Tensor | None, Tensor | None] = memory or (None, None)
     given = q, k, v, r, *biases, *old, *compressed, *own
     seeds = draw_seeds(q.device, 2) if dropout_p > 0 else None
-    chosen = choose_kernels(backend, *given)
+    chosen = choose_kernels(backend, *given, return_received=return_received)
+    options = scale, float(dropout_p)
     if chosen == "eager":
-        return compressed_attention_reference(*given, seeds, scale, float(dropout_p))
+        return compressed_attention_reference(*given, seeds, *options, return_received)
     tensors = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in given)
-    return CompressedAttention.apply(*tensors, seeds, scale, float(dropout_p), chosen)
+    inputs = *tensors, seeds
+    out, lse = CompressedAttention.apply(*inputs, *options, chosen)
+    if not return_received:
+        return out
+    parts = ((*part, *options) for part in _parts(*inputs))
+    return out, torch.cat([attention_received(lse, part, chosen) for part in parts], 2)

@@ -5,6 +5,7 @@ p = max(far - d, 0) of r belongs to that distance, where far = min(K - 1, clamp_
 
     score[i, j] = scale * ((q_i + content_bias) . k_j + (q_i + position_bias) . r_p)    where -right <= d <= left
     out_i       = sum_j dropout(softmax_j(score[i, :])) v_j
+    received_j  = sum_i softmax_j(score[i, :])
 
     delta_i     = grad_i . out_i
     dS[i, j]    = P[i, j] * (keep[i, j] / (1 - dropout_p) * grad_i . v_j - delta_i) * scale,    P = exp(score - lse)
@@ -19,15 +20,19 @@ import torch
 from torch import Tensor
 
 from par_xl.ops.philox import draw_seeds, philox
-from par_xl.ops.registry import _C, DTYPES, Op, acc_dtype, choose, distinct, first_derivative_only
+from par_xl.ops.registry import _C, Op, acc_dtype, choose, distinct, first_derivative_only
 from par_xl.ops.rel_attention_inputs import (
     bias_of,
     check_key_lengths,
     check_length_values,
     check_tensors,
     clamp_of,
+    head_rows,
+    kernel_call,
     limits_of,
+    no_fp64_on_a_gpu,
 )
+from par_xl.ops.rel_attention_received import RECEIVED, attention_received
 
 WIDEST = 128  # head width of the CUDA kernel
 
@@ -35,14 +40,10 @@ WIDEST = 128  # head width of the CUDA kernel
 def masked_scores(
     q: Tensor, k: Tensor, r: Tensor, content_bias: Tensor, position_bias: Tensor,
     key_lengths: Tensor | None, n_memory: int, left: int, right: int, clamp_len: int, scale: float,
-    *, first_query: int = 0, n_queries: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """The scores ``(B, H, Q, K)``, by distance; -inf where a pair is not visible. ``k`` holds memory and segment.
-
-    ``q`` may hold only some of the ``n_queries``, from ``first_query`` on.
-    """
-    n_queries, n_keys, n_positions = n_queries or q.shape[2], k.shape[2], r.shape[1]
-    i = torch.arange(first_query, first_query + q.shape[2], device=q.device)[:, None]
+    """The scores ``(B, H, Q, K)``, by distance; -inf where a pair is not visible. ``k`` holds memory and segment."""
+    n_queries, n_keys, n_positions = q.shape[2], k.shape[2], r.shape[1]
+    i = torch.arange(n_queries, device=q.device)[:, None]
     j = torch.arange(n_keys, device=q.device)
     distance = i + (n_keys - n_queries) - j
     visible = ((-right <= distance) & (distance <= left))[None]  # (1 or B, Q, K)
@@ -72,8 +73,8 @@ def dropout_keep(seed: Tensor, offset: Tensor, dropout_p: float) -> Tensor:
 def rel_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, r: Tensor, content_bias: Tensor, position_bias: Tensor,
     k_memory: Tensor | None, v_memory: Tensor | None, key_lengths: Tensor | None, seed: Tensor | None,
-    left: int, right: int, clamp_len: int, scale: float, dropout_p: float,
-) -> Tensor:  # fmt: skip
+    left: int, right: int, clamp_len: int, scale: float, dropout_p: float, return_received: bool = False,
+) -> Any:  # fmt: skip
     """The specification, in plain PyTorch on any device: fp32 arithmetic (fp64 for fp64), rounded once to q's dtype."""
     dtype, wide, n_memory = q.dtype, acc_dtype(q), 0
     if k_memory is not None and v_memory is not None:
@@ -85,6 +86,7 @@ def rel_attention_reference(
     visible = scores.detach() != -torch.inf
     real_row = visible.any(3, keepdim=True)
     probabilities = torch.where(real_row, scores, 0.0).softmax(3)
+    received = torch.where(real_row, probabilities.detach(), 0.0).sum(2) if return_received else None
     if dropout_p > 0:
         assert seed is not None
         offset = torch.arange(scores.numel(), device=q.device).view(scores.shape)
@@ -95,7 +97,7 @@ def rel_attention_reference(
     if key_lengths is not None:  # what a GPU can do about a bad length without a synchronisation
         bad = (key_lengths < 0) | (key_lengths > k.shape[2] - n_memory)
         out = torch.where(bad[:, None, None, None], torch.nan, out)
-    return out
+    return out if received is None else (out, received)
 
 
 def _fake_forward(q, *_):
@@ -125,21 +127,6 @@ BACKWARD = Op(
 )
 
 
-def _heads(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if x is None or x.numel() == 0 else (x.data_ptr(), *x.stride()[:3])
-
-
-def _problem(*inputs: Any) -> Any:
-    """What the C++ and CUDA kernels need to know of a call, from the registered op's inputs."""
-    q, k, v, r, content_bias, position_bias, k_memory, v_memory, key_lengths, seed, *options = inputs
-    tensors = tuple(_heads(x) for x in (q, k, v, r[None], k_memory, v_memory))
-    addresses = tuple(0 if x is None else x.data_ptr() for x in (content_bias, position_bias, key_lengths, seed))
-    batch, heads, queries, width = q.shape
-    memory = 0 if k_memory is None else k_memory.shape[2]
-    sizes = batch, heads, queries, k.shape[2], memory, r.shape[1], width
-    return _C.RelAttention(tensors, addresses, sizes, *options, DTYPES[q.dtype])
-
-
 def _half_on_a_gpu(device: str, dtype: torch.dtype) -> str:
     half = dtype in (torch.float16, torch.bfloat16)
     return "" if device == "cpu" or half else f"rel_attention's CUDA kernel takes fp16 and bf16, not {dtype}"
@@ -149,23 +136,19 @@ def _no_backward_on_a_gpu(device: str, dtype: torch.dtype) -> str:
     return "" if device == "cpu" else 'rel_attention has no CUDA backward, but "triton" has; torch.no_grad() needs none'
 
 
-def _no_fp64_on_a_gpu(device: str, dtype: torch.dtype) -> str:
-    return "Triton has no fp64 products" if device == "cuda" and dtype == torch.float64 else ""
-
-
 @FORWARD.implement("native", lacks=_half_on_a_gpu, by_name=("cuda",))
 def _forward_native(*inputs):
     q, k, key_lengths = inputs[0], inputs[1], inputs[8]
     check_length_values(key_lengths, k.shape[2])
-    problem = _problem(*inputs)
+    call = kernel_call(*inputs)
     out, lse = _fake_forward(q)
     if q.is_cuda:
         stream = torch.cuda.current_stream().cuda_stream
-        _C.rel_attention_forward_cuda(problem, _heads(out), lse.data_ptr(), stream)
+        _C.rel_attention_forward_cuda(call, head_rows(out), lse.data_ptr(), stream)
         return out, lse
-    threads, size, _ = _C.rel_attention_cut_cpu(problem, False)
+    threads, size, _ = _C.rel_attention_cut_cpu(call, False)
     workspace = lse.new_empty(threads, size)
-    _C.rel_attention_forward_cpu(problem, threads, workspace.data_ptr(), _heads(out), lse.data_ptr())
+    _C.rel_attention_forward_cpu(call, threads, workspace.data_ptr(), head_rows(out), lse.data_ptr())
     return out, lse
 
 
@@ -175,10 +158,10 @@ def _backward_native(grad, *inputs):
         raise RuntimeError(_no_backward_on_a_gpu("cuda", grad.dtype))
     tensors, (out, lse, part), options = inputs[:10], inputs[10:13], inputs[13:]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    problem = _problem(*tensors, *options)
+    call = kernel_call(*tensors, *options)
     gradients = _fake_backward(grad, *tensors)
     dq, dk, dv, dr, d_content_bias, d_position_bias, dk_memory, dv_memory = gradients
-    threads, size, parts = _C.rel_attention_cut_cpu(problem, True)
+    threads, size, parts = _C.rel_attention_cut_cpu(call, True)
     workspace = lse.new_empty(threads, size)
     heads, positions, width = dr.shape
     # One summand for each part of the batch; a single one may be the gradient itself.
@@ -186,11 +169,11 @@ def _backward_native(grad, *inputs):
     in_place = parts == 1 and padded == width and dr.dtype == lse.dtype and dr.is_contiguous()
     dr_parts = dr[None] if in_place else lse.new_empty(parts, heads, positions, padded)
     d_biases = lse.new_empty(parts, heads, 2, padded)
-    d_keys_values = tuple(_heads(x) for x in (dk, dv, dk_memory, dv_memory))
-    whole = (_heads(out), lse.data_ptr()) if part else (_heads(None), 0)
+    d_keys_values = tuple(head_rows(x) for x in (dk, dv, dk_memory, dv_memory))
+    whole = (head_rows(out), lse.data_ptr()) if part else (head_rows(None), 0)
     addresses = dr_parts.data_ptr(), d_biases.data_ptr()
     _C.rel_attention_backward_cpu(
-        problem, threads, workspace.data_ptr(), *whole, _heads(grad), _heads(dq), d_keys_values, *addresses
+        call, threads, workspace.data_ptr(), *whole, head_rows(grad), head_rows(dq), d_keys_values, *addresses
     )
     if not in_place:
         dr.copy_(dr_parts.sum(0)[..., :width])
@@ -199,7 +182,7 @@ def _backward_native(grad, *inputs):
     return gradients
 
 
-@FORWARD.implement("triton", lacks=_no_fp64_on_a_gpu)
+@FORWARD.implement("triton", lacks=no_fp64_on_a_gpu)
 def _forward_triton(*inputs):
     from par_xl.kernels.rel_attention import forward
 
@@ -209,7 +192,7 @@ def _forward_triton(*inputs):
     return out, lse
 
 
-@BACKWARD.implement("triton", lacks=_no_fp64_on_a_gpu)
+@BACKWARD.implement("triton", lacks=no_fp64_on_a_gpu)
 def _backward_triton(grad, *inputs):
     from par_xl.kernels.rel_attention_backward import backward
 
@@ -219,7 +202,8 @@ def _backward_triton(grad, *inputs):
 
 
 class RelAttention(torch.autograd.Function):
-    """The fused op, see :func:`rel_attention`.
+    """The fused op, see :func:`rel_attention`; with the log-sum-exp of each query's scores, ``(B, H, Q)``, not
+    differentiable.
 
     ``RelAttention.apply(q, k, v, r, content_bias, position_bias, k_memory or None, v_memory or None,
     key_lengths or None, seed or None, left, right, clamp_len, scale, dropout_p, backend)``
@@ -229,20 +213,23 @@ class RelAttention(torch.autograd.Function):
     def forward(ctx, *args):
         out, lse = FORWARD(*args)
         ctx.save_for_backward(*args[:10], out, lse)
+        ctx.mark_non_differentiable(lse)
         ctx.options = args[10:]
-        return out
+        return out, lse
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         gradients = BACKWARD(grad, *ctx.saved_tensors, False, *ctx.options)
         wanted = (d if needed else None for d, needed in zip(gradients, ctx.needs_input_grad[:8], strict=True))
         return *wanted, *[None] * 8
 
 
-def choose_kernels(backend: str | None, q: Tensor, *others: Tensor | None) -> str:
+def choose_kernels(backend: str | None, q: Tensor, *others: Tensor | None, return_received: bool = False) -> str:
     """The backend for these inputs; an error where the one asked for by name lacks what they need."""
     chosen = choose(FORWARD, backend, q)
+    if return_received:
+        choose(RECEIVED, chosen, q)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others)):
         choose(BACKWARD, chosen, q)
     if chosen == "native" and q.is_cuda and q.shape[3] > WIDEST:
@@ -265,8 +252,9 @@ def rel_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     clamp_len: int | None = None,
+    return_received: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """Attention with relative positions over memory and segment: softmax of content plus position scores, times values.
 
     With ``j`` counted over memory, then segment, ``K = M + T``, ``d = i + (K - Q) - j`` and ``far = K - 1``, or
@@ -307,12 +295,15 @@ def rel_attention(
         clamp_len: distances beyond it count as it, and have no rows in ``r``: Transformer-XL's ``clamp_len``. In C++
             and Triton keys that far away cost no product with positions. Negative distances, of keys ahead, are not
             clamped. Default: none is.
+        return_received: also return the attention that each key received: the weights summed over the queries, before
+            dropout, ``(B, H, K)`` in fp32 (fp64 for fp64), without a gradient. The kernels compute it from the
+            forward's log-sum-exps, without a tensor of queries times keys.
         backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose. On a GPU
             "native" is a forward alone, for fp16 and bf16 and D up to 128, and not in "auto": no GPU has run it yet.
 
     Returns:
-        ``(B, H, Q, D)`` in q's dtype. A query that sees no key gives 0 and no gradient. Same input, same bits. A second
-        derivative exists on the eager backend alone.
+        ``(B, H, Q, D)`` in q's dtype, or with ``return_received`` that and the attention received. A query that sees no
+        key gives 0 and no gradient. Same input, same bits. A second derivative exists on the eager backend alone.
 
     Raises:
         ValueError: a wrong rank, shape, device, window, scale, length, probability, clamp or backend, or one that has
@@ -343,9 +334,11 @@ def rel_attention(
     seed = draw_seeds(q.device) if dropout_p > 0 else None
     options = left, right, clamp, scale, float(dropout_p)
     given = q, k, v, r, content_bias, position_bias, k_memory, v_memory
-    chosen = choose_kernels(backend, *given)
+    chosen = choose_kernels(backend, *given, return_received=return_received)
     if chosen == "eager":
         check_length_values(key_lengths, k.shape[2])
-        return rel_attention_reference(*given, key_lengths, seed, *options)
-    tensors = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in given)
-    return RelAttention.apply(*distinct(tensors), key_lengths, seed, *options, chosen)
+        return rel_attention_reference(*given, key_lengths, seed, *options, return_received)
+    tensors = distinct(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in given)
+    inputs = *tensors, key_lengths, seed, *options
+    out, lse = RelAttention.apply(*inputs, chosen)
+    return (out, attention_received(lse, inputs, chosen)) if return_received else out

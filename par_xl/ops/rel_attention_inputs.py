@@ -1,9 +1,12 @@
 """What rel_attention and compressed_attention check of their arguments, and what the kernels take in their place."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from par_xl.ops.registry import _C, DTYPES
 
 UNLIMITED = 2**31 - 1  # a window without an end, no clamp
 
@@ -79,3 +82,22 @@ def clamp_of(clamp_len: int | None) -> int:
     if clamp_len < 0:
         raise ValueError(f"clamp_len must not be negative, not {clamp_len}")
     return min(clamp_len, UNLIMITED)
+
+
+def head_rows(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if x is None or x.numel() == 0 else (x.data_ptr(), *x.stride()[:3])
+
+
+def kernel_call(*inputs: Any) -> Any:
+    """What the C++ and CUDA kernels need to know of a call, from the registered op's inputs."""
+    q, k, v, r, content_bias, position_bias, k_memory, v_memory, key_lengths, seed, *options = inputs
+    tensors = tuple(head_rows(x) for x in (q, k, v, r[None], k_memory, v_memory))
+    addresses = tuple(0 if x is None else x.data_ptr() for x in (content_bias, position_bias, key_lengths, seed))
+    batch, heads, queries, width = q.shape
+    memory = 0 if k_memory is None else k_memory.shape[2]
+    sizes = batch, heads, queries, k.shape[2], memory, r.shape[1], width
+    return _C.RelAttention(tensors, addresses, sizes, *options, DTYPES[q.dtype])
+
+
+def no_fp64_on_a_gpu(device: str, dtype: torch.dtype) -> str:
+    return "Triton has no fp64 products" if device == "cuda" and dtype == torch.float64 else ""
