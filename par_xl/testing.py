@@ -233,13 +233,13 @@ class OpChecks:
             self._compare(function, self.on(backend), make_inputs(case, torch.float32, device))
 
     def test_compile_in_a_cold_process(self, backend: str, device: str) -> None:
-        """The first call of a process is a compiled one: nothing may hang on an earlier eager call."""
+        """The first call of a process is a traced one: nothing may hang on an earlier eager call."""
         script = (
             "import sys, importlib, torch\n"
             "checks = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])()\n"
             "inputs = checks.first_case(torch.float32, sys.argv[4])\n"
             "from par_xl.testing import run\n"
-            "run(torch.compile(checks.on(sys.argv[3]), fullgraph=True), inputs)\n"
+            "run(torch.compile(checks.on(sys.argv[3]), fullgraph=True, backend='aot_eager'), inputs)\n"
         )
         folder = os.path.dirname(os.path.abspath(sys.modules[type(self).__module__].__file__ or ""))
         arguments = [type(self).__module__.split(".")[-1], type(self).__name__, backend, device]
