@@ -121,17 +121,65 @@ def test_accelerate_refuses_what_a_kernel_cannot_do():
         par_xl.accelerate(Kimiyoung())
 
 
-def test_accelerate_leaves_a_projection_that_is_more_than_a_weight():
-    """An adapter or a bias: keys and values of the memory would miss it."""
+class Adapter(nn.Module):
+    """A low-rank addition to a layer; its ``weight`` and ``bias`` are still the layer's, as in peft."""
 
-    class Adapter(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) + x.sum(-1, keepdim=True)
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.a = base, nn.Linear(base.in_features, base.out_features, bias=False)
+        self.weight, self.bias = base.weight, base.bias
 
-    for projection in (Adapter(D_MODEL, 3 * HEADS * WIDTH, bias=False), nn.Linear(D_MODEL, 3 * HEADS * WIDTH)):
-        layer = Kimiyoung()
-        layer.qkv_net = projection
-        assert par_xl.accelerate(nn.Sequential(layer)) == {}
+    def forward(self, x):
+        return self.base(x) + self.a(x)
+
+
+def weight_norm(layer):
+    return torch.nn.utils.weight_norm(layer)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda layer, x, out: 2 * out)
+    return layer
+
+
+@pytest.mark.parametrize("wrap", [Adapter, weight_norm, hooked, torch.nn.utils.parametrizations.weight_norm])
+def test_what_is_around_a_projection_reaches_the_memory_too(wrap):
+    layer = random_(Kimiyoung())
+    layer.qkv_net = wrap(nn.Linear(D_MODEL, 3 * HEADS * WIDTH))
+    layer.double()
+    fused = copy.deepcopy(nn.Sequential(layer)) if wrap is not weight_norm else nn.Sequential(layer)
+    shapes = (T, B, D_MODEL), (M + T, 1, D_MODEL), (HEADS, WIDTH), (HEADS, WIDTH)
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    mems = torch.randn(M, B, D_MODEL, dtype=torch.float64)
+    wanted = layer(*inputs, attn_mask=mask(), mems=mems)
+    assert list(par_xl.accelerate(fused)) == ["0"]
+    torch.testing.assert_close(fused[0](*inputs, attn_mask=mask(), mems=mems), wanted)
+
+
+@pytest.mark.parametrize("wrap", [Adapter, weight_norm, hooked])
+@pytest.mark.parametrize("where", ["head", "tail.0.0", "tail.1.1"])
+def test_an_adaptive_softmax_with_more_than_weights_is_left_as_it_is(wrap, where):
+    """The fused module calls no layer; where something is put around one later, it says so."""
+    theirs = nn.Sequential(nn.AdaptiveLogSoftmaxWithLoss(D_MODEL, 30, [6, 15], 2.0))
+    ours = copy.deepcopy(theirs)
+    par_xl.accelerate(ours)
+    for model in (theirs, ours):
+        parent, _, name = f"0.{where}".rpartition(".")
+        setattr(model.get_submodule(parent), name, wrap(model.get_submodule(f"0.{where}")))
+    assert par_xl.accelerate(theirs) == {}
+    if wrap is not hooked:  # a hook that only looks is no harm
+        with pytest.raises(TypeError, match=r"(head|tail\[\d\]\[\d\]) must be an nn.Linear whose weight no hook makes"):
+            ours[0](torch.randn(4, D_MODEL), torch.arange(4))
+
+
+def test_a_parametrized_adaptive_softmax_goes_on():
+    theirs = nn.Sequential(nn.AdaptiveLogSoftmaxWithLoss(D_MODEL, 30, [6, 15], 2.0)).double()
+    torch.nn.utils.parametrizations.weight_norm(theirs[0].head)
+    ours = copy.deepcopy(theirs)
+    assert list(par_xl.accelerate(ours)) == ["0"]
+    x, target = torch.randn(20, D_MODEL, dtype=torch.float64), torch.randint(30, (20,))
+    grads = [torch.autograd.grad(m[0](x, target).loss, list(m.parameters())) for m in (ours, theirs)]
+    torch.testing.assert_close(*grads)
 
 
 def test_accelerate_swaps_a_shared_module_once_and_keeps_modes():

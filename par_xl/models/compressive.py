@@ -16,6 +16,7 @@ from par_xl.models.output import ModelOutput, mean_nll
 from par_xl.models.transformer_xl import TransformerXL
 from par_xl.nn.compression_losses import AutoEncodingLoss, attention_reconstruction_loss, reduce_layers
 from par_xl.nn.compressive_memory import Compressor, Evicted, MemoryState, advance
+from par_xl.nn.plain_linear import plain
 from par_xl.nn.rel_attention import CompressedPart, KeysValues
 
 # (rows, how many of them are compressed, attention received or None), the fields of a MemoryState, for each layer
@@ -235,7 +236,7 @@ class CompressiveTransformer(TransformerXL):
         if attention.pre_lnorm:
             options = norm.normalized_shape, norm.weight.detach(), norm.bias.detach(), norm.eps
             hidden, old, compressed = (F.layer_norm(x, *options) for x in (hidden, old, compressed))
-        query, key, value = attention.qkv_net.weight.chunk(3)
+        query, key, value = plain("qkv_net", attention.qkv_net).weight.chunk(3)
         return attention_reconstruction_loss(hidden, old, compressed, query, key, value, attention.n_head)
 
     generate = compressive_generation.generate  # type: ignore[assignment]

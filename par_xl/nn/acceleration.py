@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from par_xl.nn.adaptive_softmax import AdaptiveLogSoftmaxWithLoss
 from par_xl.nn.attention_mask import read_mask, read_once
+from par_xl.nn.plain_linear import is_plain
 from par_xl.nn.rel_attention import RelPartialLearnableMultiHeadAttn, Window
 from par_xl.nn.speech_acceleration import speech_twin
 
@@ -20,10 +21,11 @@ def accelerate(module: nn.Module) -> dict[str, nn.Module]:
     Transformer-XL and of Hugging Face's ``transfo_xl``; ``RelPositionMultiHeadedAttention`` of ESPnet and
     ``RelPositionMultiHeadAttention`` of NeMo (:func:`par_xl.nn.speech_acceleration.speech_twin`); and
     ``torch.nn.AdaptiveLogSoftmaxWithLoss``. A twin is called as the original is. The parameters, their names and their
-    order stay, so that optimizers and checkpoints go on; so does the training mode. Forward hooks of a swapped module
-    are lost, but for the speech layers'. An attention twin has no attention matrix to look at, and the host looks at
-    each mask once for all layers that share it: Transformer-XL's twins refuse a mask that no window expresses, a speech
-    layer's twin then runs the layer's own code.
+    order stay, so that optimizers and checkpoints go on; so does the training mode. Adapters around an attention's
+    projections go on too; an adaptive softmax with adapters or hooks on its layers is left as it is. Forward hooks of a
+    swapped module are lost, but for the speech layers'. An attention twin has no attention matrix to look at, and the
+    host looks at each mask once for all layers that share it: Transformer-XL's twins refuse a mask that no window
+    expresses, a speech layer's twin then runs the layer's own code.
 
         swapped = par_xl.accelerate(model)      # {"layers.0.dec_attn": ..., ...}; empty: nothing was known
 
@@ -94,8 +96,6 @@ def _rel_partial_learnable(module: nn.Module) -> nn.Module | None:
     if not named or isinstance(module, RelPartialLearnableMultiHeadAttn) or not all(hasattr(module, p) for p in parts):
         return None
     theirs: Any = module
-    if type(theirs.qkv_net) is not nn.Linear or theirs.qkv_net.bias is not None:
-        return None  # an adapter, say: keys and values of the memory need the weight by itself
     with_biases = "r_w_bias" in inspect.signature(module.forward).parameters
     with torch.device("meta"):
         twin = (KimiyoungTwin if with_biases else HuggingFaceTwin)(
@@ -117,6 +117,11 @@ def _rel_partial_learnable(module: nn.Module) -> nn.Module | None:
 def _adaptive_log_softmax(module: nn.Module) -> nn.Module | None:
     if type(module) is not nn.AdaptiveLogSoftmaxWithLoss:
         return None
+    tails: Any = module.tail
+    layers = [module.head, *(layer for tail in tails for layer in tail)]
+    known = all(is_plain(x) and not x._forward_hooks and not x._forward_pre_hooks for x in layers)
+    if not known or any(len(tail) != 2 for tail in tails):
+        return None  # an adapter, say: the fused module reads weights and calls no layer
     sizes = module.in_features, module.n_classes, module.cutoffs[:-1], module.div_value, module.head_bias
     with torch.device("meta"):
         twin = AdaptiveLogSoftmaxWithLoss(*sizes)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.adaptive import _ASMoutput
 
 from par_xl.nn.adaptive_embedding import check_ascending
+from par_xl.nn.plain_linear import plain
 from par_xl.ops.adaptive_softmax import CPU_WORKSPACE, nll_and_loss
 from par_xl.ops.adaptive_tables import Tables, head_column, softmax_logits, softmaxes
 from par_xl.ops.registry import acc_dtype
@@ -145,12 +146,12 @@ class AdaptiveLogSoftmaxWithLoss(_AdaptiveSoftmax, nn.AdaptiveLogSoftmaxWithLoss
         self._set_options(order, ignore_index, reduction, label_smoothing, z_loss, backend)
 
     def tables(self) -> Tables:
-        layers: list[Any] = [self.head]
+        layers = [plain("head", self.head)]
         projections: list[Tensor | None] = [None]
         tails: Any = self.tail
-        for projection, layer in tails:
-            layers.append(layer)
-            projections.append(projection.weight)
+        for i, (projection, layer) in enumerate(tails):
+            layers.append(plain(f"tail[{i}][1]", layer))
+            projections.append(plain(f"tail[{i}][0]", projection).weight)
         return Tables([layer.weight for layer in layers], [layer.bias for layer in layers], projections)
 
     def forward(self, input_: Tensor, target_: Tensor) -> _ASMoutput:
@@ -218,7 +219,7 @@ class ProjectedAdaptiveLogSoftmax(_AdaptiveSoftmax):
         self.register_load_state_dict_pre_hook(_rename_nvidia)
 
     def tables(self) -> Tables:
-        layers: list[Any] = list(self.out_layers)
+        layers = [plain(f"out_layers[{i}]", layer) for i, layer in enumerate(self.out_layers)]
         tails = len(self.cutoffs) > 1
         return Tables(
             [layer.weight for layer in layers],

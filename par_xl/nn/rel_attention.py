@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from par_xl.nn.plain_linear import is_plain
 from par_xl.ops.compressed_attention import compressed_attention
 from par_xl.ops.dropout import dropout
 from par_xl.ops.rel_attention import rel_attention
@@ -102,8 +103,12 @@ class _RelMultiHeadAttn(MemoryAttention):
 
     def keys_values(self, mems: Tensor) -> KeysValues:
         """Keys and values ``(B, H, M, D)`` of the memory ``(B, M, d)``."""
-        weight = self.qkv_net.weight[self.n_head * self.d_head :]
-        k, v = self.split(F.linear(self.normed(mems), weight))
+        x, layer, n = self.normed(mems), self.qkv_net, self.n_head * self.d_head
+        if is_plain(layer) and not layer._forward_hooks:
+            both = F.linear(x, layer.weight[n:], None if layer.bias is None else layer.bias[n:])
+        else:  # an adapter, say
+            both = layer(x)[..., n:]
+        k, v = self.split(both)
         return k, v
 
     def attend(
