@@ -55,8 +55,9 @@ def number(x, acc: tl.constexpr):
 
 @triton.jit
 def row_loss(lse, of_target, total, columns, smoothing, weight):
-    """The loss of rows from their log-sum-exp, their target's logit and the sum of their logits."""
-    return lse - (1 - smoothing) * of_target - smoothing * total / columns + weight * lse * lse
+    """The loss of rows from their log-sum-exp, their target's logit and the sum of their logits, which may be -inf."""
+    smooth = tl.where(smoothing == 0, 0.0, smoothing * total / columns)
+    return lse - (1 - smoothing) * of_target - smooth + tl.where(weight == 0, 0.0, weight * lse * lse)
 
 
 @triton.jit

@@ -59,7 +59,10 @@ def log_sum(
                 h, weight, cluster, bias, rows, end, at, split, columns, WIDTH, BK, HAS_BIAS, PIECES, PRECISION, acc
             )
             top = tl.maximum(largest, tl.max(z, 1))
-            sum = sum * tl.exp(largest - top) + tl.sum(tl.exp(z - top[:, None]), 1)
+            base = tl.where(
+                top == float("-inf"), 0.0, top
+            )  # of a row whose logits so far are all -inf: its sum stays 0
+            sum = sum * tl.exp(largest - base) + tl.sum(tl.exp(z - base[:, None]), 1)
             largest = top
             total += tl.sum(tl.where((at < columns)[None, :], z, 0.0), 1)
             of_target += tl.sum(tl.where(at[None, :] == y[:, None], z, 0.0), 1)
@@ -83,12 +86,13 @@ def merge_losses(
     largest = tl.full([ROWS], float("-inf"), acc)
     for part in range(0, splits):
         largest = tl.maximum(largest, tl.load(partials + part * n + rows, mask=inside, other=0.0))
+    base = tl.where(largest == float("-inf"), 0.0, largest)
     sum = tl.zeros([ROWS], acc)
     total = tl.zeros([ROWS], acc)
     of_target = tl.zeros([ROWS], acc)
     for part in range(0, splits):
         at = partials + part * n + rows
-        sum += tl.exp(tl.load(at, mask=inside, other=0.0) - largest) * tl.load(at + splits * n, mask=inside, other=1.0)
+        sum += tl.exp(tl.load(at, mask=inside, other=0.0) - base) * tl.load(at + splits * n, mask=inside, other=1.0)
         total += tl.load(at + 2 * splits * n, mask=inside, other=0.0)
         of_target += tl.load(at + 3 * splits * n, mask=inside, other=0.0)
     lse = largest + tl.log(sum)

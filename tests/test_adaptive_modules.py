@@ -273,3 +273,25 @@ def test_cutoffs_of_a_large_vocabulary():
     ):
         with pytest.raises(ValueError, match=message):
             adaptive_cutoffs(counts, k)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("chosen", ["eager", "native", "triton"])
+def test_masked_classes(chosen, reduction):
+    """Logits of -inf, one and whole tiles of them: torch's log-softmax leaves these classes out."""
+    module = AdaptiveLogSoftmaxWithLoss(
+        16, 300, [70, 150], div_value=2.0, head_bias=True, tail_bias=True, reduction=reduction, backend=chosen
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        for layer, masked in ((module.head, slice(0, 66)), (module.tail[1][1], slice(0, 65)), (module.tail[0][1], 3)):
+            layer.bias[masked] = -torch.inf
+    x, target = (
+        torch.randn(12, 16, dtype=torch.float64),
+        torch.tensor([66, 69, 70, 72, 149, 215, 216, 230, 299, 67, 71, 299]),
+    )
+    wanted = module.log_prob(x).gather(1, target[:, None])[:, 0]
+    got = module(x, target)
+    torch.testing.assert_close(got.output, wanted)
+    parameters = list(module.parameters())
+    of_loss = torch.autograd.grad(got.loss.mean(), parameters)
+    torch.testing.assert_close(of_loss, torch.autograd.grad(-wanted.mean(), parameters))

@@ -175,8 +175,10 @@ __global__ void __launch_bounds__(THREADS) differentiate_row(AdaptiveRows p) {
     sum = over_block<THREADS>(sum, Sum());
     total = over_block<THREADS>(total, Sum());
     const A s = A(p.label_smoothing), w = A(p.z_loss), log_sum = log(sum), lse = largest + log_sum;
-    if (threadIdx.x == 0)
-        static_cast<A*>(p.nll)[row] = log_sum - (1 - s) * (of_target - largest) - s * total / A(p.columns) + w * lse * lse;
+    if (threadIdx.x == 0) {  // a term that is not wanted is not 0 times what may be infinite
+        const A smooth = s == 0 ? A(0) : s * total / A(p.columns), square = w == 0 ? A(0) : w * lse * lse;
+        static_cast<A*>(p.nll)[row] = log_sum - (1 - s) * (of_target - largest) - smooth + square;
+    }
     const A g = static_cast<const A*>(p.grad)[row];
     const A scale = g * (1 + 2 * w * lse) / sum, shift = g * s / A(p.columns), hit = g * (1 - s);
     for (int64_t begin = 0; begin < p.columns; begin += THREADS * VEC) {

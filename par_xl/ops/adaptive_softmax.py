@@ -43,8 +43,10 @@ GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 28 << 20  # bytes of logits at a time;
 def _loss(z: Tensor, target: Tensor, options: Options) -> Tensor:
     z, smoothing = z.to(acc_dtype(z)), options.label_smoothing
     lse = z.logsumexp(1)
-    of_target = z.gather(1, target[:, None])[:, 0]
-    return lse - (1 - smoothing) * of_target - smoothing * z.mean(1) + options.z_loss * lse.square()
+    loss = lse - (1 - smoothing) * z.gather(1, target[:, None])[:, 0]
+    if smoothing:  # not 0 times a mean that one logit of -inf makes infinite
+        loss = loss - smoothing * z.mean(1)
+    return loss + options.z_loss * lse.square() if options.z_loss else loss
 
 
 def adaptive_nll_reference(x: Tensor, target: Tensor, tables: Tables, options: Options) -> Tensor:

@@ -179,9 +179,11 @@ def test_sort_by_tail(tails, tokens, descending, emulator):
 @pytest.mark.parametrize("dtype", adaptive.dtypes)
 @pytest.mark.parametrize("columns", [1, 63, 4100, 42000])  # the last ones do not fit into shared memory
 def test_rows_in_place(columns, dtype, emulator):
-    options = Options((columns,), False, -100, label_smoothing=0.1, z_loss=0.01, workspace=0)
     guards, stride = Guards(), -(-columns // 64) * 64
-    for bias in (None, torch.randn(columns, dtype=acc_dtype(dtype))):
+    masked = torch.randn(columns, dtype=acc_dtype(dtype))
+    masked[1 : columns // 3] = -torch.inf
+    for bias, smoothing in ((None, 0.1), (torch.randn_like(masked), 0.1), (masked, 0.0)):
+        options = Options((columns,), False, -100, label_smoothing=smoothing, z_loss=smoothing / 10, workspace=0)
         memory = guards(torch.full((5, stride), torch.nan, dtype=acc_dtype(dtype)))
         z, dz = memory[:, :columns], memory.view(dtype)[:, :columns]
         z.copy_(3 * torch.randn(z.shape))
