@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import par_xl
 from par_xl.machine_code import compile_launches, cuda_kernels, has_cuda_kernels
-from par_xl.testing import OpChecks, assert_capturable, run
+from par_xl.testing import OpChecks, assert_capturable, leaves, make_inputs, run
 
 
 def pooled(mode, rate, *shape):
@@ -146,6 +146,14 @@ class TestCompress(OpChecks):
             kept = par_xl.compress(memory, 4, mode, backend=backend).grad_fn.saved_tensors
             assert sum(x.nbytes for x in kept) <= memory.numel() // 4
 
+    def test_apply_takes_what_compress_takes(self, backend, device):
+        memory, usage = torch.randn(2, 6, 8, device=device).transpose(1, 2), torch.rand(2, 8, device=device).double()
+        for mode, given in (("max", None), ("most_used", usage)):
+            wanted = par_xl.compress(memory, 2, mode, usage=given, backend="eager")
+            assert torch.equal(par_xl.Compress.apply(memory, given, 2, mode, backend), wanted)
+        with pytest.raises(ValueError, match="usage must be given with mode most_used"):
+            par_xl.Compress.apply(memory, None, 2, "most_used", backend)
+
     @pytest.mark.gpu
     def test_no_synchronisation_and_cuda_graph(self, backend):
         memory = torch.randn(4, 64, 128, device="cuda", requires_grad=True)
@@ -262,6 +270,15 @@ class TestUpdateMemory(OpChecks):
         (first,) = torch.autograd.grad(output.square().sum(), inputs["state"], create_graph=True)
         with pytest.raises(RuntimeError, match="no second derivative"):
             first.sum().backward()
+
+    def test_the_mean_keeps_nothing_for_the_backward(self, backend, device):
+        inputs = make_inputs(self.cases["mean"], torch.float32, device)
+        out = self.on(backend)(**inputs)
+        assert out.grad_fn.saved_tensors == ()
+        wanted = torch.autograd.grad(self.on("eager")(**inputs).sum(), leaves(inputs))
+        with torch.no_grad():
+            inputs["hidden"].mul_(2)
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), leaves(inputs)), wanted)
 
     @pytest.mark.gpu
     def test_no_synchronisation_and_cuda_graph(self, backend):

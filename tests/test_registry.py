@@ -1,7 +1,9 @@
 """The choice of backend."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +99,15 @@ def test_import_is_light():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_the_readmes_python_runs():
+    """Each block on its own, in a process that has imported nothing else."""
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        script = f"import torch; loss = 0; output = raw = torch.randn(2, 3, 4)\n{block}"
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
 def test_import_without_triton():
     script = (
         "import sys; sys.modules['triton'] = None\n"
@@ -110,8 +121,6 @@ def test_import_without_triton():
 
 def test_kernels_are_imported_once():
     """From the repository's root ``import kernels`` must not load the Triton kernels under a second name."""
-    from pathlib import Path
-
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=root, capture_output=True, text=True)
     assert done.returncode and "import that" in done.stderr

@@ -26,7 +26,8 @@ class BadTarget:
     """
 
     def __init__(self, pinned: bool):
-        self.word = torch.full((1,), NONE, pin_memory=pinned)
+        with torch.inference_mode(False):  # it outlives the block that the first call may stand in
+            self.word = torch.full((1,), NONE, pin_memory=pinned)
 
     def raise_if_written(self, options: Options) -> None:
         value = self.word.item()

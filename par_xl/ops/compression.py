@@ -29,7 +29,7 @@ def compress_reference(memory: Tensor, usage: Tensor | None, rate: int, mode: st
     """The specification of ``mean``, ``max``, ``most_used`` in plain PyTorch: ``(B, N, d)`` to ``(B, N/rate, d)``."""
     if mode == "most_used":
         keep = memory.shape[1] // rate
-        most = usage.sort(dim=1, descending=True, stable=True).indices[:, :keep]  # type: ignore[union-attr]
+        most = usage.float().sort(dim=1, descending=True, stable=True).indices[:, :keep]  # type: ignore[union-attr]
         return memory.gather(1, most.sort(dim=1).values[..., None].expand(-1, -1, memory.shape[2]))
     groups = memory.unflatten(1, (memory.shape[1] // rate, rate))
     return groups.mean(dim=2) if mode == "mean" else groups.max(dim=2).values
@@ -134,6 +134,9 @@ class Compress(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, memory, usage, rate, mode, backend):
+        _check_usage(usage, memory, mode)
+        memory = memory if memory.stride(2) == 1 else memory.contiguous()
+        usage = None if usage is None else usage.float().contiguous()
         compressed, choice = FORWARD(memory, usage, rate, mode, backend)
         ctx.save_for_backward(choice)
         ctx.options = rate, mode, backend
@@ -276,11 +279,9 @@ def compress(
     _check_memory(memory, rate)
     _check_usage(usage, memory, mode)
     layers = _check_layers(memory, rate, mode, weight, bias, dilation)
-    usage = None if usage is None else usage.detach().float().contiguous()
     chosen = choose(FORWARD, backend, memory)
     if mode in CONVOLUTIONS:
         return convolve(memory, rate, *layers)
     if chosen == "eager":
         return compress_reference(memory, usage, rate, mode)
-    memory = memory if memory.stride(2) == 1 else memory.contiguous()
     return Compress.apply(memory, usage, rate, mode, chosen)

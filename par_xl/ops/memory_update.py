@@ -99,7 +99,8 @@ class UpdateMemory(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, state, hidden, fresh, sizes, rate, mode, backend):
-        ctx.save_for_backward(state, hidden)
+        state, hidden, fresh = (x if x is None or x.stride(2) == 1 else x.contiguous() for x in (state, hidden, fresh))
+        ctx.save_for_backward(*((state, hidden) if mode == "max" else ()))
         ctx.options = sizes, rate, mode, backend
         out = to_be_filled(_new(state, sizes))
         UPDATE(out, state, hidden, fresh, sizes, rate, mode, backend)
@@ -108,7 +109,6 @@ class UpdateMemory(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad):
-        state, hidden = ctx.saved_tensors
         sizes, rate, mode, backend = ctx.options
         lost = sizes.old_compressed + sizes.fresh - sizes.new_compressed
         d_slots = F.pad(grad[:, : sizes.new_compressed], (0, 0, lost, 0))  # of [compressed | fresh]
@@ -117,10 +117,13 @@ class UpdateMemory(torch.autograd.Function):
         if mode == "given":
             d_recent = F.pad(d_kept, (0, 0, sizes.leaving, 0))
         else:
-            evicted = evicted_rows(state, hidden, sizes, rate)
-            _, choice = compression.FORWARD(evicted, None, rate, mode, backend)
+            choice = grad.new_empty(0, dtype=torch.uint8)
+            if mode == "max":
+                state, hidden = ctx.saved_tensors
+                evicted = evicted_rows(state, hidden, sizes, rate)
+                _, choice = compression.FORWARD(evicted, None, rate, mode, backend)
             d_evicted = compression.BACKWARD(d_fresh, choice, rate, mode, backend)
-            dropped = sizes.leaving - evicted.shape[1]
+            dropped = sizes.leaving - sizes.fresh * rate
             d_recent = F.pad(torch.cat([d_evicted, d_kept], dim=1), (0, 0, dropped, 0))
         d_memory, d_hidden = d_recent.tensor_split([sizes.old_memory], dim=1)
         d_state = torch.cat([d_compressed, d_memory], dim=1)
@@ -205,8 +208,6 @@ def update_memory(
     chosen = choose(UPDATE, backend, state)
     if chosen == "eager":
         return update_reference(state, hidden, fresh, sizes, rate, mode), sizes.new_compressed
-    state, hidden = (x if x.stride(2) == 1 else x.contiguous() for x in (state, hidden))
-    fresh = fresh if fresh is None or fresh.stride(2) == 1 else fresh.contiguous()
     return UpdateMemory.apply(state, hidden, fresh, sizes, rate, mode, chosen), sizes.new_compressed
 
 
