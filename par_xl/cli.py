@@ -238,9 +238,7 @@ def evaluate(
     model, vocabulary = load_run(run)
     corpus = load_corpus(data)
     check_vocabulary(vocabulary, corpus, data, run)
-    chosen = {
-        key: read_option(key, value, getattr(model.config, key, "")) for key, value in parse_options(lengths).items()
-    }
+    chosen = {key: read_option(key, value, model.config) for key, value in parse_options(lengths).items()}
     if chosen and not hasattr(model, "reset_lengths"):
         raise ValueError(f"--set: a {type(model).__name__} has no lengths")
     if chosen:

@@ -10,6 +10,7 @@ from training_helpers import IGNORED, loader, small_awd_lstm, small_corpus, trai
 from par_xl.training import (
     NTASGD,
     RECIPES,
+    TRANSFORMER_XL_RECIPES,
     History,
     LanguageModel,
     LanguageModelData,
@@ -162,5 +163,15 @@ def test_override():
         override(recipe, {"vocab_size": "3"})
     lists = [override(recipe, {"cutoffs": given}).model["cutoffs"] for given in ("", "9", "9,20", (9, 20))]
     assert lists == [(), (9,), (9, 20), (9, 20)]
-    with pytest.raises(ValueError, match="cutoffs must be of type tuple, not '9,,20'"):
-        override(recipe, {"cutoffs": "9,,20"})
+    for bad in ("9,,20", "9,true", 9):
+        with pytest.raises(ValueError, match=f"cutoffs must be int values with commas between them, not {bad!r}"):
+            override(recipe, {"cutoffs": bad})
+
+
+def test_override_reads_the_elements_of_a_tuple_as_its_field_says():
+    recipe = TRANSFORMER_XL_RECIPES["wikitext-2"]
+    read = [override(recipe, {"tie_projs": given}).model["tie_projs"] for given in ("true", "False,1", "", (True, 0))]
+    assert read == [(True,), (False, True), (), (True, False)] and all(type(x) is bool for tied in read for x in tied)
+    for bad in ("maybe", "true,2", "true,"):
+        with pytest.raises(ValueError, match=f"tie_projs must be bool values with commas between them, not {bad!r}"):
+            override(recipe, {"tie_projs": bad})

@@ -1,7 +1,7 @@
 """Options by name, as they come from a command line."""
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from par_xl.training.fit import Recipe
 
@@ -22,22 +22,30 @@ def override(recipe: R, options: dict[str, Any]) -> R:
         owner, target = (recipe, ours) if hasattr(recipe, name) else (config, models)
         if name in ("model", "config_class", "vocab_size") or name not in vars(owner):
             raise ValueError(f"there is no option {name!r}")
-        target[name] = read_option(name, value, getattr(owner, name))
+        target[name] = read_option(name, value, owner)
     return replace(recipe, **ours, model={**recipe.model, **models})
 
 
-def read_option(name: str, value: Any, default: Any) -> Any:
-    """``value``, a string perhaps, as the type of ``default``; a tuple from ``2000,10000``, and from "" an empty one.
+def read_option(name: str, value: Any, owner: Any) -> Any:
+    """``value``, a string perhaps, as the type of ``owner.name``; a tuple from ``2000,10000``, from "" an empty one.
+
+    ``owner`` is a dataclass; the value of what is no field of it stays a string.
 
     Raises:
         ValueError: it cannot be.
     """
-    kind = type(default)
+    kind = type(getattr(owner, name, ""))
+    wanted = f"of type {kind.__name__}"
     try:
-        if kind is bool:
-            return _BOOLEANS[str(value).lower()]
-        if kind is tuple and isinstance(value, str):
-            return tuple(int(part) for part in value.split(",") if value)
-        return kind(value)
-    except (KeyError, ValueError):
-        raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}") from None
+        if kind is not tuple:
+            return _read(kind, value)
+        element = get_args(get_type_hints(type(owner))[name])[0]
+        wanted = f"{element.__name__} values with commas between them"
+        parts = value.split(",") if isinstance(value, str) and value else value
+        return tuple(_read(element, part) for part in parts)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{name} must be {wanted}, not {value!r}") from None
+
+
+def _read(kind: type, value: Any) -> Any:
+    return _BOOLEANS[str(value).lower()] if kind is bool else kind(value)
