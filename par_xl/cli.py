@@ -258,6 +258,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw from so many most probable tokens; 0: from all.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    backend: Backend = "auto",
 ) -> None:
     """Continue a text with a trained model."""
     import torch
@@ -267,7 +268,8 @@ def generate(
     model, vocabulary = load_run(run)
     ids = vocabulary.encode_text(prompt).long()[None]
     draws = torch.Generator().manual_seed(seed)
-    text = model.generate(ids, tokens, temperature=temperature, top_k=top_k, generator=draws)
+    with par_xl.use_backend(backend):
+        text = model.generate(ids, tokens, temperature=temperature, top_k=top_k, generator=draws)
     console.print(vocabulary.decode_text(text[0]), markup=False, highlight=False)
 
 

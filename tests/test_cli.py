@@ -16,6 +16,7 @@ from training_helpers import IGNORED
 import par_xl
 from par_xl.cli import main
 from par_xl.models import AWDLSTM, AWDLSTMConfig
+from par_xl.testing import recorded_ops
 
 SMALL = ("--set", "d_model=8", "--set", "d_hidden=8", "--set", "batch_size=256", "--epochs", "2")
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(*IGNORED)]
@@ -203,12 +204,17 @@ def test_transformer_xl_is_trained_evaluated_and_continues_a_text(command, tmp_p
     assert result["tokens"] == 178 and 1 < result["perplexity"] < 3
     code, shown, errors = command("generate", run, "--prompt", "the dog", "--tokens", 4, "--temperature", 0)
     assert code == 0 and shown.split() == ["the", "dog", "ran", "<eos>", "the", "cat"], shown + errors
+    for backend, used in (("eager", False), ("native", True)):
+        with recorded_ops() as ops:
+            code, _, errors = command("generate", run, "--prompt", "the dog", "--tokens", 1, "--backend", backend)
+        assert code == 0 and ("rel_attention_forward" in ops) is used, errors
 
     for arguments, complaint in [
         (("eval", run, "--data", "human-numbers"), "vocabulary"),
         (("eval", run, "--data", data, "--split", "dev"), "no dev split"),
         (("eval", run, "--data", data, "--set", "n_layer=3"), "n_layer"),
         (("eval", data, "--data", data), "result.json"),
+        (("generate", run, "--prompt", "the", "--backend", "cudnn"), "'cudnn'"),
         (("train", "gpt", "--data", data), "there is no architecture 'gpt'"),
     ]:
         code, _, errors = command(*arguments)
