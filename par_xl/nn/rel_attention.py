@@ -262,7 +262,6 @@ class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
         q, k, v = F.pad(q, (0, 1), value=1.0), F.pad(k, (0, 1)), F.pad(v, (0, 1))
         if memory is not None:
             memory = F.pad(memory[0], (0, 1)), F.pad(memory[1], (0, 1))
-        r = r.to(q.dtype)  # a parameter, under autocast
         return rel_attention(q, k, v, r, content_bias, position_bias, memory=memory, **options)[..., :-1]
 
 

@@ -35,7 +35,15 @@ from par_xl.ops.adaptive_tables import (
 )
 from par_xl.ops.adaptive_targets import bad_target, check_targets
 from par_xl.ops.large_results import to_be_filled
-from par_xl.ops.registry import Op, acc_dtype, choose, distinct, first_derivative_only
+from par_xl.ops.registry import (
+    Op,
+    acc_dtype,
+    choose,
+    distinct,
+    first_derivative_only,
+    under_autocast,
+    without_autocast,
+)
 
 GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 28 << 20  # bytes of logits at a time; on the CPU, what stays in its cache
 
@@ -109,7 +117,7 @@ def _prepared(run: Callable, grad: Tensor | None, x: Tensor, target: Tensor, *in
     outputs = softmaxes(unflatten(wanted[1:], len(options.ends)), options.ends, separate)
     if grad is not None:
         grad = grad.contiguous()  # that of a sum is one number, expanded
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         run(grad, x, target, parameters, outputs, nll, wanted[0], options)
     return nll, gradients
 
@@ -221,15 +229,6 @@ def _scaled(gradients: list[Tensor], factor: Tensor) -> list[Tensor]:
     return [g.mul_(factor) for g in gradients]
 
 
-def _under_autocast(x: Tensor, tables: Tables) -> tuple[Tensor, Tables]:
-    """What torch.autocast makes of the inputs of a matrix product."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, tables
-    dtype = torch.get_autocast_dtype(x.device.type)
-    convert = lambda t: t if t is None or t.dtype == torch.float64 else t.to(dtype)  # noqa: E731
-    return convert(x), unflatten([convert(t) for t in tables.flat()], len(tables.projections))
-
-
 def nll_and_loss(
     x: Tensor, target: Tensor, tables: Tables, cutoffs: Sequence[int], *, order: str = "ascending",
     ignore_index: int = -100, reduction: str = "none", label_smoothing: float = 0.0, z_loss: float = 0.0,
@@ -245,7 +244,8 @@ def nll_and_loss(
     check_counts(tables, cutoffs)
     last = len(tables.weights[-1]) + (cutoffs[-1] if cutoffs and len(tables.weights) > 1 else 0)
     ends = (*map(int, cutoffs), last)
-    x, tables = _under_autocast(x, tables)
+    x, *flat = under_autocast(x, *tables.flat())
+    tables = unflatten(flat, len(ends))
     check(x, target, tables, ends)
     if workspace is None:
         workspace = CPU_WORKSPACE if x.device.type == "cpu" else GPU_WORKSPACE
@@ -254,7 +254,7 @@ def nll_and_loss(
     chosen = choose(FORWARD, backend, x)
     if chosen == "eager":
         check_targets(flat_target, options)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             nll = adaptive_nll_reference(rows, flat_target, tables, options)
             valid = (flat_target != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1
             loss = nll.sum() / valid

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from par_xl.ops.philox import draw_seeds
-from par_xl.ops.registry import acc_dtype, first_derivative_only
+from par_xl.ops.registry import acc_dtype, first_derivative_only, under_autocast, without_autocast
 from par_xl.ops.rel_attention import (
     BACKWARD,
     FORWARD,
@@ -139,37 +139,40 @@ def compressed_attention(
         compressed_bias: ``(H, D)``, added to the queries of their product. Default: zeros.
 
     Returns:
-        ``(B, H, Q, D)`` in q's dtype, or with ``return_received`` that and the attention received. Same input, same
-        bits. A second derivative exists on the eager backend alone.
+        ``(B, H, Q, D)`` in q's dtype, or in torch.autocast's as in rel_attention; with ``return_received`` that and the
+        attention received. Same input, same bits. A second derivative exists on the eager backend alone.
 
     Raises:
         ValueError: a wrong rank, shape, device, scale, probability or backend.
-        TypeError: a dtype that is not floating point, or two different ones.
+        TypeError: a dtype that is not floating point, or two different ones, as in rel_attention.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if scale < 0 or not 0 <= dropout_p < 1:
         raise ValueError(f"scale must not be negative and dropout_p lie in [0, 1), not {scale} and {dropout_p}")
-    check_tensors(q, k, v, r, memory or ())
+    q, k, v, r, compressed_r, *old = under_autocast(q, k, v, r, compressed_r, *(memory or ()))
+    own = under_autocast(*compressed)
+    check_tensors(q, k, v, r, old)
     batch, heads, n_queries, width = q.shape
-    n_compressed = compressed[0].shape[-2]
+    n_compressed = own[0].shape[-2]
     if n_compressed == 0:
-        raise ValueError(f"compressed must hold keys, not shape {tuple(compressed[0].shape)}")
-    for i, x in enumerate(compressed):
+        raise ValueError(f"compressed must hold keys, not shape {tuple(own[0].shape)}")
+    for i, x in enumerate(own):
         check_tensor(f"compressed[{i}]", x, q, (batch, heads, n_compressed, width), "(B, H, C, D)")
     wanted = heads, n_compressed + n_queries - 1, width
     check_tensor("compressed_r", compressed_r, q, wanted, "(H, C + Q - 1, D)")
-    n_keys = k.shape[2] + (memory[0].shape[2] if memory else 0)
+    n_keys = k.shape[2] + (old[0].shape[2] if old else 0)
     if r.shape[1] < n_keys or n_keys < n_queries:
         raise ValueError(f"r must have at least {n_keys} positions and k as many keys as queries, not {r.shape[1]}")
     biases = bias_of("content_bias", content_bias, q), bias_of("position_bias", position_bias, q)
-    own = compressed_r, bias_of("compressed_bias", compressed_bias, q)
-    old: tuple[Tensor | None, Tensor | None] = memory or (None, None)
-    given = q, k, v, r, *biases, *old, *compressed, *own
+    own_rows = compressed_r, bias_of("compressed_bias", compressed_bias, q)
+    (k_memory, v_memory), (k_compressed, v_compressed) = old or (None, None), own
+    given = q, k, v, r, *biases, k_memory, v_memory, k_compressed, v_compressed, *own_rows
     seeds = draw_seeds(q.device, 2) if dropout_p > 0 else None
     chosen = choose_kernels(backend, *given, return_received=return_received)
     options = scale, float(dropout_p)
     if chosen == "eager":
-        return compressed_attention_reference(*given, seeds, *options, return_received)
+        with without_autocast(q):
+            return compressed_attention_reference(*given, seeds, *options, return_received)
     tensors = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in given)
     inputs = *tensors, seeds
     out, lse = CompressedAttention.apply(*inputs, *options, chosen)

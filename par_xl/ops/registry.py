@@ -7,7 +7,7 @@ GPU), ``triton`` (``par_xl.kernels``), or ``auto`` (the first of :data:`AUTO` th
 import importlib.util
 import os
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
 from typing import Any
 
@@ -92,6 +92,22 @@ def rows(x: Tensor | None) -> tuple[int, int, int]:
 def acc_dtype(x: Tensor | torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic on x, whatever the storage: fp32, or fp64 for fp64."""
     return torch.float64 if (x.dtype if isinstance(x, Tensor) else x) == torch.float64 else torch.float32
+
+
+def under_autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """What torch.autocast makes of tensors (or None) in a matrix product: in its own dtype all floats but fp64."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x, *others
+    dtype = torch.get_autocast_dtype(device)
+    stays = lambda t: t is None or not t.is_floating_point() or t.dtype == torch.float64  # noqa: E731
+    return tuple(t if stays(t) else t.to(dtype) for t in (x, *others))
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For arithmetic on tensors like ``x`` in the dtypes that they have."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def no_cuda(op: str) -> Callable[[str, torch.dtype], str]:

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from par_xl.ops.philox import draw_seeds, philox
-from par_xl.ops.registry import _C, Op, acc_dtype, choose, distinct, first_derivative_only
+from par_xl.ops.registry import (
+    _C,
+    Op,
+    acc_dtype,
+    choose,
+    distinct,
+    first_derivative_only,
+    under_autocast,
+    without_autocast,
+)
 from par_xl.ops.rel_attention_inputs import (
     bias_of,
     check_key_lengths,
@@ -302,14 +311,16 @@ def rel_attention(
             "native" is a forward alone, for fp16 and bf16 and D up to 128, and not in "auto": no GPU has run it yet.
 
     Returns:
-        ``(B, H, Q, D)`` in q's dtype, or with ``return_received`` that and the attention received. A query that sees no
-        key gives 0 and no gradient. Same input, same bits. A second derivative exists on the eager backend alone.
+        ``(B, H, Q, D)`` in q's dtype; with ``return_received`` that and the attention received. Under torch.autocast in
+        that dtype, to which all floats but fp64 are rounded, as by torch's scaled_dot_product_attention. A query that
+        sees no key gives 0 and no gradient. Same input, same bits. A second derivative exists on the eager backend alone.
 
     Raises:
         ValueError: a wrong rank, shape, device, window, scale, length, probability, clamp or backend, or one that has
             no kernels for the call (a call that needs a gradient, on "native" and a GPU). On a GPU a length outside
             0..T gives NaN for its sequence instead.
-        TypeError: a dtype that is not floating point, or two different ones; a clamp that is not an int.
+        TypeError: a dtype that is not floating point, or two different ones (under torch.autocast, fp64 beside
+            others); a clamp that is not an int.
 
     Source: arXiv 1901.02860 (github.com/kimiyoung/transformer-xl, RelPartialLearnableMultiHeadAttn), arXiv 2005.08100.
     """
@@ -319,8 +330,9 @@ def rel_attention(
         raise ValueError(f"scale must not be negative, not {scale}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), not {dropout_p}")
-    k_memory, v_memory = (None, None) if memory is None else memory
-    check_tensors(q, k, v, r, memory or ())
+    q, k, v, r, *old = under_autocast(q, k, v, r, *(memory or ()))
+    check_tensors(q, k, v, r, old)
+    k_memory, v_memory = old or (None, None)
     content_bias, position_bias = bias_of("content_bias", content_bias, q), bias_of("position_bias", position_bias, q)
     n_keys = k.shape[2] + (0 if k_memory is None else k_memory.shape[2])
     clamp = clamp_of(clamp_len)
@@ -337,7 +349,8 @@ def rel_attention(
     chosen = choose_kernels(backend, *given, return_received=return_received)
     if chosen == "eager":
         check_length_values(key_lengths, k.shape[2])
-        return rel_attention_reference(*given, key_lengths, seed, *options, return_received)
+        with without_autocast(q):
+            return rel_attention_reference(*given, key_lengths, seed, *options, return_received)
     tensors = distinct(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in given)
     inputs = *tensors, key_lengths, seed, *options
     out, lse = RelAttention.apply(*inputs, chosen)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from par_xl.ops.registry import _C, DTYPES
+from par_xl.ops.registry import _C, DTYPES, under_autocast
 
 UNLIMITED = 2**31 - 1  # a window without an end, no clamp
 
@@ -39,8 +39,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, r: Tensor, memory: Sequence[T
 def bias_of(name: str, bias: Tensor | None, q: Tensor) -> Tensor:
     if bias is None:
         return q.new_zeros(q.shape[1], q.shape[3])
-    if bias.dtype == torch.float32:  # a parameter under autocast
-        bias = bias.to(q.dtype)
+    bias = bias.to(q.dtype) if bias.dtype == torch.float32 else under_autocast(bias)[0]
     check_tensor(name, bias, q, (q.shape[1], q.shape[3]), "(H, D)")
     return bias.contiguous()
 
