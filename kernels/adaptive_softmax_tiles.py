@@ -214,7 +214,7 @@ def project(
             inside = k + lanes < K
             of_a = (tokens if GATHER else rows)[:, None] * K + k + lanes[None, :]
             left = tl.load(a + of_a, mask=(rows < end)[:, None] & inside[None, :], other=0.0)
-            of_b = (k + lanes)[:, None] * stride_k + at[None, :] * stride_n
+            of_b = (k + lanes).to(tl.int64)[:, None] * stride_k + at.to(tl.int64)[None, :] * stride_n
             right = tl.load(b + of_b, mask=inside[:, None] & (at < width)[None, :], other=0.0)
             sum = tl.dot(left, right, sum, input_precision=PRECISION, out_dtype=acc)
         to = c + (rows if GATHER else tokens)[:, None] * width + at[None, :]

@@ -136,7 +136,7 @@ def _keep(
     """compressed[b, slots[b, t]] = memory[b, t] for the steps kept; backward, the other way, and 0 for the rest"""
     b, t, columns = _place(steps, width, BLOCK)
     inside = columns < width
-    slot = tl.load(slots + b * steps + t)
+    slot = tl.load(slots + b * steps + t).to(tl.int64)
     memory += b * memory_b + t * memory_t + columns  # [BLOCK]
     compressed += b * compressed_b + slot * compressed_t + columns
     kept = inside & (slot != NO_ROW)
