@@ -84,13 +84,12 @@ __global__ void __launch_bounds__(TOKENS) place_tokens(AdaptiveBuckets p, Ends e
         if (blockIdx.x == 0 && threadIdx.x == 0) p.offsets[i] = before;
         if (i == p.tails) break;
         const unsigned here = __ballot_sync(0xffffffffu, token.tail == i);
-        if (lane == 0) of_warp[warp] = __popc(here);
+        if (lane == 0) of_warp[warp] = __popc(here);  // over_block has waited for who reads the last tail's
         __syncthreads();
         if (token.tail == i) {
             for (int w = 0; w < warp; ++w) before += of_warp[w];
             p.order[before + __popc(here & ((1u << lane) - 1))] = token.index;
         }
-        __syncthreads();
     }
 }
 
