@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from par_xl.ops import large_results, registry
@@ -279,6 +280,23 @@ class OpChecks:
         )
         for x, y in zip(got, wanted, strict=True):
             torch.testing.assert_close(x, y)
+
+    def test_without_values(self, case: Case, backend: str, device: str) -> None:
+        """FakeTensors and tensors on the meta device give results and gradients of the right shapes and dtypes."""
+        inputs = make_inputs(case, torch.float32, device)
+        made: dict[int, Tensor] = {}
+
+        def on_meta(x: Tensor) -> Tensor:
+            return made.setdefault(id(x), x.detach().to("meta").requires_grad_(x.requires_grad))
+
+        with FakeTensorMode() as mode:
+            fake = run(self.on(backend), tree_map_only(Tensor, mode.from_tensor, inputs))
+        meta = run(self.on("auto"), tree_map_only(Tensor, on_meta, inputs))
+        described = [
+            [[(x.shape, x.dtype) for x in group] for group in groups]
+            for groups in (run(self.on("eager"), inputs), fake, meta)
+        ]
+        assert described[1:] == [described[0]] * 2
 
     def test_autocast(self, backend: str, device: str) -> None:
         inputs = self.first_case(torch.float32, device)

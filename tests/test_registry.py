@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import par_xl
 from par_xl.ops import registry
@@ -22,6 +23,9 @@ def test_auto_takes_the_native_kernels():
 def test_auto_without_kernels_is_eager():
     assert registry.choose(FORWARD, None, CPU.to("meta")) == "eager"
     assert registry.choose(FORWARD, None, CPU.to(torch.complex64)) == "eager"
+    with FakeTensorMode():
+        on_a_gpu = torch.empty(1, 2, 3, device="cuda")  # which need not be there
+    assert registry.choose(FORWARD, None, on_a_gpu) == ("triton" if torch.cuda.is_available() else "eager")
 
 
 def test_use_backend_as_context_manager_and_plain_call():

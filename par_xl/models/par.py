@@ -11,6 +11,7 @@ from par_xl.models.par_config import ParConfig
 from par_xl.models.transformer_xl import DecoderLayer, TransformerXL
 from par_xl.nn.relaxed_one_hot import RelaxedOneHot
 from par_xl.ops.mix import mix
+from par_xl.ops.registry import has_values
 
 CHOICES = "sf-"  # attention, dense, identity: the order of the weights
 
@@ -146,7 +147,7 @@ class ParSuperNet(TransformerXL):
     def _layer_options(self) -> list[dict[str, Any]]:
         """This pass's sample, drawn before any block runs: a checkpointed block must not draw again."""
         weights = self.choice(self._temperature, self.generator)
-        one_branch = self.config.hard or not self.training
+        one_branch = (self.config.hard or not self.training) and has_values(weights)  # else all, times 0 or 1
         choices = weights.argmax(-1).tolist() if one_branch else [None] * len(weights)
         return [{"weights": w, "choice": c} for w, c in zip(weights, choices, strict=True)]
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from par_xl.ops.registry import host_can_look
 from par_xl.ops.rel_attention import rel_attention
 
 
@@ -137,6 +138,6 @@ def _lengths(padding_mask: Tensor) -> Tensor:
     lengths = (~padding_mask).sum(1)
     expected = torch.arange(padding_mask.shape[1], device=padding_mask.device) >= lengths[:, None]
     at_the_end = (padding_mask == expected).all(1)
-    if padding_mask.device.type == "cpu" and not torch.compiler.is_compiling() and not at_the_end.all():
+    if host_can_look(padding_mask) and not at_the_end.all():
         raise ValueError("padding_mask must be True only behind an utterance's last real frame")
     return torch.where(at_the_end, lengths, -1)

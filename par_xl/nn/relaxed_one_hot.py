@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from par_xl.ops.registry import has_values, host_can_look
+
 
 class RelaxedOneHot(nn.Module):
     """A learned choice among ``n_choices``, sampled as a relaxed one-hot vector (Gumbel softmax, concrete).
@@ -70,7 +72,7 @@ class RelaxedOneHot(nn.Module):
 
 def _exponential(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Samples of Exponential(1), shaped like ``like``. torch's are never 0, so that their logarithms are finite."""
-    if generator is None:
+    if generator is None or not has_values(like):  # FakeTensors take no generator
         return torch.empty_like(like).exponential_()
     return _drawn(like, generator)
 
@@ -86,7 +88,7 @@ _drawn._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _check_temperature(temperature: float | Tensor) -> None:
-    if isinstance(temperature, Tensor) and (temperature.device.type != "cpu" or torch.compiler.is_compiling()):
+    if isinstance(temperature, Tensor) and not host_can_look(temperature):
         return
     smallest = torch.finfo(torch.float32).tiny
     if not temperature >= smallest:

@@ -41,6 +41,8 @@ from par_xl.ops.registry import (
     choose,
     distinct,
     first_derivative_only,
+    has_values,
+    host_can_look,
     under_autocast,
     without_autocast,
 )
@@ -71,9 +73,12 @@ def adaptive_nll_reference(x: Tensor, target: Tensor, tables: Tables, options: O
     for i, softmax in enumerate(tails):
         inside = (target >= ends[i]) & (target < ends[i + 1]) & ~ignored
         column = torch.where(inside, head_column(i, ends, options.descending), column)
-        # An empty tail passes through as well: its parameters then have zero gradients, not none.
-        rows = inside.nonzero()[:, 0]
-        nll = nll.index_add(0, rows, _loss(softmax_logits(x[rows], softmax), target[rows] - ends[i], options))
+        # An empty tail passes through as well: its parameters then have zero gradients, not none. Where it is not known
+        # which tokens are inside, all pass through, and the others add 0.
+        rows = inside.nonzero()[:, 0] if has_values(inside) else torch.arange(len(inside), device=inside.device)
+        of_tail = (target[rows] - ends[i]).clamp(0, ends[i + 1] - ends[i] - 1)
+        losses = _loss(softmax_logits(x[rows], softmax), of_tail, options)
+        nll = nll.index_add(0, rows, torch.where(inside[rows], losses, 0.0))
     nll = nll + _loss(softmax_logits(x, head), column, options)
     return nll.masked_fill(ignored, 0.0).masked_fill(outside, torch.nan)
 
@@ -202,7 +207,7 @@ class AdaptiveNLL(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, d_nll, d_loss=None):
         x, target, weight, *tensors = ctx.saved_tensors
-        if x.is_cuda and not torch.compiler.is_compiling():
+        if x.is_cuda and has_values(x) and not torch.compiler.is_compiling():
             bad_target(x.device, ctx.options.ends[-1], ctx.options.ignore_index).raise_if_written(ctx.options)
         if d_nll is None and d_loss is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -224,7 +229,7 @@ class AdaptiveNLL(torch.autograd.Function):
 def _scaled(gradients: list[Tensor], factor: Tensor) -> list[Tensor]:
     if torch.compiler.is_compiling():
         return [g * factor for g in gradients]
-    if factor.device.type == "cpu" and factor.item() == 1:
+    if host_can_look(factor) and factor.item() == 1:
         return gradients
     return [g.mul_(factor) for g in gradients]
 

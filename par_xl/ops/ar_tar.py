@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from par_xl.ops.large_results import to_be_filled
-from par_xl.ops.registry import _C, DTYPES, Op, acc_dtype, choose, first_derivative_only, rows
+from par_xl.ops.registry import _C, DTYPES, Op, acc_dtype, choose, first_derivative_only, host_can_look, rows
 
 
 def ar_tar_reference(output: Tensor, raw: Tensor, lengths: Tensor | None, alpha: float, beta: float) -> Tensor:
@@ -156,8 +156,7 @@ def _check_lengths(lengths: Tensor, output: Tensor) -> None:
 
 
 def _check_length_values(lengths: Tensor | None, steps: int) -> None:
-    """Where the host can look: on the CPU, in code that is not being traced."""
-    if lengths is not None and lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if lengths is not None and host_can_look(lengths):
         for n in lengths.tolist():
             if not 0 <= n <= steps:
                 raise ValueError(f"lengths must lie between 0 and {steps}, the number of time steps, not {n}")

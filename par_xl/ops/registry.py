@@ -13,6 +13,7 @@ from typing import Any
 
 import torch  # before the extension, whose libgomp.so.1 is then the one that torch has loaded
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     from par_xl import _C
@@ -92,6 +93,16 @@ def rows(x: Tensor | None) -> tuple[int, int, int]:
 def acc_dtype(x: Tensor | torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic on x, whatever the storage: fp32, or fp64 for fp64."""
     return torch.float64 if (x.dtype if isinstance(x, Tensor) else x) == torch.float64 else torch.float32
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether ``x`` holds numbers: tensors on the meta device and torch's FakeTensors have shapes alone."""
+    return x.device.type != "meta" and not isinstance(x, FakeTensor)
+
+
+def host_can_look(x: Tensor) -> bool:
+    """Whether the numbers can be checked at no cost: on the CPU, in code that is not being traced."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and has_values(x)
 
 
 def under_autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
@@ -208,7 +219,7 @@ def _why_not(backend: str, device: str) -> str:
 def _why_not_op(op: Op, backend: str, device: str, dtype: torch.dtype) -> str:
     """Why a backend cannot run an op on tensors of a device type and dtype ("" if it can)."""
     if backend == "eager":
-        return _why_not(backend, device)
+        return ""  # wherever there are tensors; FakeTensors need no GPU to be on one
     if backend not in op.implementations:
         return _why_not(backend, device) or f"{op.name} has no {backend} kernels"
     if dtype not in DTYPES:

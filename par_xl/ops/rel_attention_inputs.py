@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from par_xl.ops.registry import _C, DTYPES, under_autocast
+from par_xl.ops.registry import _C, DTYPES, host_can_look, under_autocast
 
 UNLIMITED = 2**31 - 1  # a window without an end, no clamp
 
@@ -56,8 +56,7 @@ def check_key_lengths(key_lengths: Tensor, q: Tensor) -> None:
 
 
 def check_length_values(key_lengths: Tensor | None, n_keys: int) -> None:
-    """Where the host can look: on the CPU, in code that is not being traced."""
-    if key_lengths is not None and key_lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if key_lengths is not None and host_can_look(key_lengths):
         for n in key_lengths.tolist():
             if not 0 <= n <= n_keys:
                 raise ValueError(f"key_lengths must lie between 0 and {n_keys}, the keys of the segment, not {n}")

@@ -9,7 +9,7 @@ from emulator import CXX, Emulator
 ELSEWHERE = (
     "test_opcheck", "test_compile", "test_compile_dynamic", "test_compile_in_a_cold_process", "test_autocast",
     "test_bad_input", "test_second_derivative_is_an_error", "test_number_of_threads_does_not_change_the_bits",
-    "test_no_synchronisation_and_cuda_graph",
+    "test_no_synchronisation_and_cuda_graph", "test_without_values",
 )  # fmt: skip
 
 
