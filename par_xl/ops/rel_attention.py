@@ -313,7 +313,8 @@ def rel_attention(
     Returns:
         ``(B, H, Q, D)`` in q's dtype; with ``return_received`` that and the attention received. Under torch.autocast in
         that dtype, to which all floats but fp64 are rounded, as by torch's scaled_dot_product_attention. A query that
-        sees no key gives 0 and no gradient. Same input, same bits. A second derivative exists on the eager backend alone.
+        sees no key gives 0 and no gradient. Same input, same bits. A second derivative exists on the eager backend
+        alone.
 
     Raises:
         ValueError: a wrong rank, shape, device, window, scale, length, probability, clamp or backend, or one that has
