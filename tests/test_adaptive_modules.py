@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from par_xl.nn import AdaptiveLogSoftmaxWithLoss, ProjectedAdaptiveLogSoftmax, SplitSoftmax, adaptive_cutoffs
+from par_xl.testing import recorded_ops
 
 
 def pair(**options):
@@ -273,6 +274,15 @@ def test_cutoffs_of_a_large_vocabulary():
     ):
         with pytest.raises(ValueError, match=message):
             adaptive_cutoffs(counts, k)
+
+
+def test_there_is_no_backward_where_nothing_needs_a_gradient():
+    _, ours = pair()
+    x, y = torch.randn(40, 16), torch.randint(0, 60, (40,))
+    for needed in (True, False):
+        with recorded_ops() as calls:
+            ours.requires_grad_(needed)(x, y)
+        assert set(calls) == {f"adaptive_nll_{'backward' if needed else 'forward'}"}
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -141,7 +141,7 @@ def test_compiled():
 @pytest.mark.parametrize("chosen", BACKENDS)
 def test_attention_received(chosen):
     """Of both parts, dropout or not: the column sums of the weights, which the values' gradient is."""
-    inputs = arguments(queries=70)
+    inputs = arguments()
     one = torch.ones_like(inputs["q"]) / inputs["q"].shape[3]
     values = inputs["compressed"][1], inputs["memory"][1], inputs["v"]
     wanted = torch.cat([x.sum(3) for x in torch.autograd.grad(written_out(**inputs), values, one)], 2)

@@ -266,8 +266,9 @@ def nll_and_loss(
     elif reduction == "none":
         nll = AdaptiveNLL.apply(rows, flat_target, options, reduction, False, chosen, *distinct(tables.flat()))
     else:
+        differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat))
         nll, loss = AdaptiveNLL.apply(
-            rows, flat_target, options, reduction, torch.is_grad_enabled(), chosen, *distinct(tables.flat())
+            rows, flat_target, options, reduction, differentiable, chosen, *distinct(tables.flat())
         )
     nll = nll.view(target.shape)
     return nll, nll if reduction == "none" else loss
