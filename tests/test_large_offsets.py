@@ -5,10 +5,11 @@ runs rel_attention's kernels; mix and dropout copy such views before their kerne
 """
 
 import mmap
+from functools import partial
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import par_xl
 from par_xl.testing import leaves, make_inputs
@@ -59,7 +60,7 @@ CASES = {
         par_xl.ar_tar_loss,
         lambda randn: {name: randn(BATCH, 3 * STEPS, WIDTH) for name in ("output", "raw_output")},
     ),
-    "rel_attention": (par_xl.rel_attention, attention),
+    "rel_attention": (partial(par_xl.rel_attention, return_received=True), attention),
     **{
         f"compress-{mode}": (par_xl.compress, compression(mode))
         for mode in ("mean", "max", "most_used", "conv", "dilated_conv")
@@ -85,12 +86,12 @@ def far(x, reach):
 
 
 def result(op, inputs, backend, place):
-    """The output and the gradients, with all inputs and the output's gradient where ``place`` puts them."""
+    """The outputs and the gradients, with all inputs and the output's gradient where ``place`` puts them."""
     inputs = tree_map_only(torch.Tensor, place, inputs)
-    out = op(**inputs, backend=backend)
-    out = out[0] if isinstance(out, tuple) else out
+    out, *others = tree_leaves(op(**inputs, backend=backend))
     gradient = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    return out, *torch.autograd.grad(out, leaves(inputs), place(gradient))
+    others = [x for x in others if isinstance(x, torch.Tensor)]
+    return out, *others, *torch.autograd.grad(out, leaves(inputs), place(gradient))
 
 
 @pytest.mark.parametrize("reach", ["stride", "offset"])
