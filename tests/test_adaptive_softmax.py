@@ -3,12 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 import par_xl
 from par_xl.ops.adaptive_targets import bad_target
-from par_xl.testing import OpChecks, assert_capturable, leaves, make_inputs, run
+from par_xl.testing import OpChecks, assert_capturable, leaves, make_inputs, peak_memory, promoted, run
 
 V, CUTOFFS = 97, [30, 50]
 
@@ -199,17 +197,21 @@ class TestAdaptiveNLL(OpChecks):
         assert not torch.allclose(a, wrong)
 
     def test_half_gradients_survive(self, backend, device):
-        """With the 1/N of a mean in it, dz would be lost in fp16: p/N is about 3e-5, and less for rarer classes."""
-        case = torch_layout(1024, d=16, spread="head", bias=False, reduction="mean")
-        inputs = make_inputs(case, torch.float16, device)
+        """With the 1/N of a mean in it, dz would be lost in fp16: p/N is 1e-8 for classes that are never a target."""
+        inputs = make_inputs(torch_layout(128, d=16, spread="head", reduction="mean"), torch.float16, device)
+        inputs["target"] = 15 + inputs["target"] % 15
         inputs["weights"][0].data.mul_(0.01)
-        scaled = lambda **options: 65536.0 * par_xl.adaptive_nll(**options, backend=backend)  # noqa: E731
-        exact = {**inputs, "input": inputs["input"].detach().double().requires_grad_()}
-        for name in ("weights", "projections"):
-            exact[name] = [None if t is None else t.detach().double().requires_grad_() for t in inputs[name]]
-        eager = lambda **options: 65536.0 * par_xl.adaptive_nll(**options, backend="eager")  # noqa: E731
-        got, wanted = run(scaled, inputs)[1][0], run(eager, exact)[1][0]
-        torch.testing.assert_close(got.double(), wanted, rtol=2e-3, atol=2e-3 * wanted.abs().max().item())
+        inputs["biases"][0].data[:15] -= 11
+        exact = promoted(inputs, torch.float64)
+        gradients = [
+            torch.autograd.grad(65536 * par_xl.adaptive_nll(**x, backend=b), [x["input"], x["weights"][0]])
+            for x, b in ((inputs, backend), (exact, "eager"))
+        ]
+        (d_input, d_weight), (wanted, wanted_weight) = gradients
+        largest = wanted.abs().max().item()
+        torch.testing.assert_close(d_input.double(), wanted, rtol=2e-3, atol=2e-3 * largest)
+        rare, wanted = d_weight[:15].double(), wanted_weight[:15]
+        torch.testing.assert_close(rare, wanted, rtol=0.05, atol=0.05 * wanted.abs().max().item())
 
     def test_only_the_wanted_gradients(self, backend, device):
         full = self.first_case(torch.float32, device)
@@ -314,32 +316,20 @@ def test_without_cutoffs_it_is_cross_entropy():
     torch.testing.assert_close(got, wanted)
 
 
-class LargestTensor(TorchDispatchMode):
-    """The most elements of a result, over the operations that run inside the kernels too."""
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_logits_in_memory(reduction, backend, device):
+    """Never as much as the smallest softmax's logits of all tokens: the workspace is a fraction of them."""
+    n, d, cutoffs, v = 96 if backend == "triton" and device == "cpu" else 2048, 2, [120, 240], 360
+    x, y = torch.randn(n, d, device=device, requires_grad=True), torch.randint(0, v, (n,), device=device)
+    weights = [torch.randn(size, d, device=device, requires_grad=True) for size in (122, 120, 120)]
 
-    elements = 0
+    def step():
+        nll = par_xl.adaptive_nll(x, y, weights, cutoffs, reduction=reduction, workspace=8192, backend=backend)
+        return torch.autograd.grad(nll.sum(), [x, *weights])
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        sizes = [x.untyped_storage().nbytes() for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's allocations are seen in the interpreter")
-@pytest.mark.parametrize("reduction, name", [("mean", "native"), ("none", "native"), ("mean", "triton")])
-def test_no_logits_in_memory(reduction, name):
-    """No tensor of N x head or N x tail, only a workspace; the largest others are the inputs and gradients."""
-    n, d, cutoffs, v = 128, 8, [250, 500], 1250
-    x, y = torch.randn(n, d, requires_grad=True), torch.randint(0, v, (n,))
-    weights = [torch.randn(size, d, requires_grad=True) for size in (252, 250, 750)]
-    workspace = 1 << 14
-    with LargestTensor() as seen:
-        par_xl.adaptive_nll(
-            x, y, weights, cutoffs, reduction=reduction, workspace=workspace, backend=name
-        ).sum().backward()
-    assert seen.elements <= max(workspace, *(t.nbytes for t in (x, *weights)))
-    assert n * 250 * 4 > 4 * seen.elements  # the smallest of the softmaxes, of every token
+    if device == "cuda":
+        step()  # what cuBLAS keeps for itself
+    assert peak_memory(step, x.device) < n * 120 * x.itemsize
 
 
 def test_number_of_threads_does_not_change_the_row_kernel():
