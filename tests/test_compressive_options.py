@@ -18,6 +18,8 @@ OPTIONS = {
     "gated-pre-norm": dict(gated=True, pre_lnorm=True),
     "enhanced": dict(enhanced_recurrence=True),
     "memory-layers": dict(memory_layers=(1, 2)),
+    "most-used": dict(compression="most_used"),
+    "most-used-own-positions": dict(compression="most_used", compressed_positions="own"),
     "all": dict(compressed_positions="own", gated=True, enhanced_recurrence=True, memory_layers=(0, 2), untie_r=True),
 }
 
@@ -49,13 +51,13 @@ def joined(module, x, y):
 
 
 def attention(model, i, x, compressed, memory):
-    """Layer i's attention of ``x (B, T, d)`` over three lists of steps ``(B, d)``."""
+    """Layer i's attention of ``x (B, T, d)`` over three lists of ``(B, d)``, and what each step received of it."""
     c, layer, own = model.config, model.layers[i].dec_attn, model.config.compressed_positions == "own"
     norm = layer.layer_norm if c.pre_lnorm else lambda x: x
     content_bias, position_bias = (layer.r_w_bias, layer.r_r_bias) if c.untie_r else (model.r_w_bias, model.r_r_bias)
     wq, wk, wv = layer.qkv_net.weight.chunk(3)
     steps = [*compressed, *memory, *x.unbind(1)]
-    out = []
+    out, received = [], torch.zeros(len(x), len(steps)).double()
     for t, query in enumerate(x.unbind(1)):
         scores, values = [], []
         for j in range(len(compressed) + len(memory) + t + 1):
@@ -73,8 +75,9 @@ def attention(model, i, x, compressed, memory):
             values.append(v)
         weights = torch.stack(scores).softmax(0)
         out.append(sum(w[..., None] * v for w, v in zip(weights, values, strict=True)).flatten(1))
+        received[:, : len(weights)] += weights.mean(2).T
     result = joined(layer, x, torch.stack(out, 1) @ layer.o_net.weight.T)
-    return result if c.pre_lnorm else layer.layer_norm(result)
+    return result if c.pre_lnorm else layer.layer_norm(result), received
 
 
 def feed_forward(layer, x):
@@ -85,6 +88,14 @@ def feed_forward(layer, x):
     return result if layer.pre_lnorm else norm(result)
 
 
+def compress(c, steps, usage):
+    """A list of steps ``(B, d)`` to one for each ``rate`` of them."""
+    if c.compression == "mean":
+        return [sum(steps[i : i + c.rate]) / c.rate for i in range(0, len(steps), c.rate)]
+    kept = [sorted(row.argsort(descending=True)[: len(steps) // c.rate].tolist()) for row in usage]
+    return [torch.stack([steps[i][b] for b, i in enumerate(column)]) for column in zip(*kept, strict=True)]
+
+
 def plain_model(model, segments):
     """The output of each segment."""
     c = model.config
@@ -92,17 +103,21 @@ def plain_model(model, segments):
     zero = [torch.zeros(len(segments[0]), c.d_model).double()] if c.memory_start == "zeros" else []
     memory = {i: zero * c.mem_len for i in range(c.n_layer)}
     compressed = {i: zero * c.compressed_len for i in range(c.n_layer)}
+    usage = {i: torch.zeros(len(segments[0]), len(memory[i])).double() for i in range(c.n_layer)}
     for tokens in segments:
         x = model.word_emb(tokens)
         for i, layer in enumerate(model.layers):
             before = x
-            x = feed_forward(layer.pos_ff, attention(model, i, x, compressed[i], memory[i]))
+            x, received = attention(model, i, x, compressed[i], memory[i])
+            x = feed_forward(layer.pos_ff, x)
             if i in with_memory:
+                usage[i] = received[:, len(compressed[i]) :] + F.pad(usage[i], (0, x.shape[1]))
                 memory[i] = memory[i] + list((x if c.enhanced_recurrence else before).unbind(1))
         for i in with_memory:
-            while len(memory[i]) > c.mem_len:
-                group, memory[i] = memory[i][: c.rate], memory[i][c.rate :]
-                compressed[i] = [*compressed[i], sum(group) / c.rate][-c.compressed_len :]
+            n = max(0, len(memory[i]) - c.mem_len)
+            fresh = compress(c, memory[i][:n], usage[i][:, :n])
+            compressed[i] = [*compressed[i], *fresh][-c.compressed_len :]
+            memory[i], usage[i] = memory[i][n:], usage[i][:, n:]
         yield x
 
 
