@@ -12,6 +12,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
+from par_xl import adaptive_nll
+from par_xl.models import AWDLSTMConfig, TransformerXLConfig
 from par_xl.nn import AdaptiveLogSoftmaxWithLoss, ProjectedAdaptiveLogSoftmax, SplitSoftmax, adaptive_cutoffs
 from par_xl.testing import recorded_ops
 
@@ -107,14 +109,51 @@ def test_no_feature_left(module):
     """torch builds a tail of width 0, which gives every class of it the same probability."""
     with pytest.raises(ValueError, match="leaves tail 2 of 2 no feature: 8 / 4"):
         module(8, 60, [10, 20], 4)
+    with pytest.raises(ValueError, match="div_val(ue)? must be positive, not 0"):
+        module(8, 60, [10, 20], 0)
 
 
 @pytest.mark.parametrize("cutoffs", [[20, 10], [60], [-3], [10, 10]])
 def test_cutoffs_must_ascend(cutoffs):
-    with pytest.raises(ValueError, match="cutoffs must ascend between 0 and the 60 words"):
-        ProjectedAdaptiveLogSoftmax(60, 16, 16, cutoffs)
-    with pytest.raises(ValueError, match='reduction must be "none", "sum" or "mean", not \'avg\''):
-        ProjectedAdaptiveLogSoftmax(60, 16, 16, [10], reduction="avg")
+    for module in (AdaptiveLogSoftmaxWithLoss, lambda d, v, c: ProjectedAdaptiveLogSoftmax(v, d, d, c)):
+        with pytest.raises(ValueError, match="cutoffs must ascend between 0 and the 60 words"):
+            module(16, 60, cutoffs)
+    with pytest.raises(ValueError, match="splits must ascend between 0 and the 60 words"):
+        SplitSoftmax(16, 60, cutoffs)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor])
+def test_cutoffs_of_any_kind(kind):
+    cutoffs = kind([10, 25])
+    for module in (
+        AdaptiveLogSoftmaxWithLoss(16, 60, cutoffs),
+        ProjectedAdaptiveLogSoftmax(60, 16, 16, cutoffs),
+        SplitSoftmax(16, 60, cutoffs),
+    ):
+        assert module.cutoffs == [10, 25, 60] and {type(c) for c in module.cutoffs} == {int}
+    assert TransformerXLConfig(60, cutoffs=cutoffs).cutoffs == AWDLSTMConfig(60, cutoffs=cutoffs).cutoffs == (10, 25)
+    x, y, weights = torch.randn(5, 16), torch.arange(5), [torch.randn(n, 16) for n in (12, 15, 35)]
+    assert torch.equal(adaptive_nll(x, y, weights, cutoffs), adaptive_nll(x, y, weights, [10, 25]))
+
+
+PARAMETER = nn.Parameter(torch.zeros(16, 16))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(reduction="avg"), ValueError, 'reduction must be "none", "sum" or "mean", not \'avg\''),
+        (dict(label_smoothing=3), ValueError, "label_smoothing must be between 0 and 1, not 3"),
+        (dict(backend="natve"), ValueError, 'backend must be "auto", "eager", "native" or "triton", not \'natve\''),
+        (dict(ignore_index=None), TypeError, "ignore_index must be an integer, not None"),
+        (dict(projections=[None, PARAMETER]), ValueError, "projections must be None with div_val 1 and d_proj"),
+        (dict(div_val=2, projections=[None]), ValueError, "projections must hold 2 parameters or None, not 1"),
+        (dict(weights=[None, None]), ValueError, "weights must hold 1 parameters or None, not 2"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        ProjectedAdaptiveLogSoftmax(60, 16, 16, [10], **options)
 
 
 def upstream(hidden, target, cutoffs, cluster_weight, cluster_bias, weights, biases, projections):
@@ -271,9 +310,14 @@ def test_cutoffs_of_a_large_vocabulary():
         ([1, 2], 1, "falling order"),
         ([0, 0], 1, "positive"),
         ([2, 1], 2, "n_clusters must lie"),
+        ([np.inf, 1], 1, "finite"),
+        ([np.nan, 1], 1, "finite"),
     ):
         with pytest.raises(ValueError, match=message):
             adaptive_cutoffs(counts, k)
+    for name, value in (("tokens", -5), ("div_value", 0)):
+        with pytest.raises(ValueError, match=f"{name} must be positive, not {value}"):
+            adaptive_cutoffs([2, 1], 1, **{name: value})
 
 
 def test_there_is_no_backward_where_nothing_needs_a_gradient():

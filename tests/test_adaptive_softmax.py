@@ -100,6 +100,13 @@ class TestAdaptiveNLL(OpChecks):
         "order": (dict(order="reversed"), ValueError, 'order must be "ascending" or "descending"'),
         "reduction": (dict(reduction="sums"), ValueError, 'reduction must be "none", "sum" or "mean"'),
         "smoothing": (dict(label_smoothing=1.5), ValueError, "label_smoothing must be between 0 and 1"),
+        "cutoff type": (dict(cutoffs=[30, 50.0]), TypeError, "cutoffs[1] must be an integer, not 50.0"),
+        "lone bias": (dict(cluster_bias=torch.zeros(2)), ValueError, "cluster_bias must be None without"),
+        "no weight": (dict(weights=[None] * 3), TypeError, "weights[0] must be a tensor, not None"),
+        "weight rank": (dict(weights=[torch.zeros(24)] * 3), ValueError, "weights[0] must have shape (32, 24), not"),
+        "ignored": (dict(ignore_index=None), TypeError, "ignore_index must be an integer, not None"),
+        "workspace type": (dict(workspace=1e6), TypeError, "workspace must be an integer, not 1000000.0"),
+        "workspace": (dict(workspace=-1), ValueError, "workspace must be a number of bytes, 0 or more, not -1"),
     }  # fmt: skip
 
     @pytest.mark.parametrize("outside", [V, -1, -99])

@@ -245,7 +245,7 @@ def test_adaptive_embedding_refuses_bad_cutoffs():
     for cutoffs in ([5, 5], [9, 5], [0], [14]):
         with pytest.raises(ValueError, match="cutoffs"):
             AdaptiveEmbedding(14, 8, D_MODEL, cutoffs, 2)
-    with pytest.raises(ValueError, match="d_embed"):
+    with pytest.raises(ValueError, match="div_val 4 leaves tail 2 of 2 no feature: 8 / 4"):
         AdaptiveEmbedding(14, 8, D_MODEL, [5, 9], 4)
 
 

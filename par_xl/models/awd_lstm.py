@@ -12,6 +12,7 @@ from par_xl.models.generation import continue_text
 from par_xl.models.output import ModelOutput, mean_nll
 from par_xl.nn.adaptive_softmax import SplitSoftmax
 from par_xl.nn.dropout import EmbeddingDropout, LockedDropout, WeightDrop
+from par_xl.ops.adaptive_tables import integers
 
 LSTMMemory = list[tuple[Tensor, Tensor]]
 
@@ -47,7 +48,7 @@ class AWDLSTMConfig:
     cutoffs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        self.cutoffs = tuple(self.cutoffs)  # a list, where it was JSON
+        self.cutoffs = tuple(integers("cutoffs", self.cutoffs))  # a list, where it was JSON
 
 
 @dataclass(kw_only=True)

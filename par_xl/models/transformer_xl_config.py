@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from par_xl.ops.adaptive_tables import integers
+
 SameLength = Literal["off", "exclusive", "inclusive"]
 
 
@@ -63,7 +65,8 @@ class TransformerXLConfig:
 
     def __post_init__(self) -> None:
         self.d_embed = self.d_embed or self.d_model
-        self.cutoffs, self.tie_projs = tuple(self.cutoffs), tuple(self.tie_projs)  # lists, where they were JSON
+        self.cutoffs = tuple(integers("cutoffs", self.cutoffs))  # a list, where it was JSON
+        self.tie_projs = tuple(self.tie_projs)
         if self.attn_type not in (0, 1, 2, 3):
             raise ValueError(f"attn_type must be 0, 1, 2 or 3, not {self.attn_type}")
         if self.attn_type in (1, 3) and self.max_klen < 1:

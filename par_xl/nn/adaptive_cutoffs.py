@@ -37,13 +37,18 @@ def adaptive_cutoffs(
         K increasing cutoffs, without V: ``torch.nn.AdaptiveLogSoftmaxWithLoss(d, V, cutoffs, div_value)``.
 
     Raises:
-        ValueError: counts that are not a vector in falling order, negative or all zero, or n_clusters out of range.
+        ValueError: counts that are not a vector in falling order, negative, infinite or all zero, or n_clusters, tokens
+            or div_value out of range.
 
     Source: arXiv 1609.04309, section 4 (there by hand for two and by search for more clusters).
     """
     frequency = np.asarray(counts, dtype=np.float64)
-    if frequency.ndim != 1 or (np.diff(frequency) > 0).any() or (frequency < 0).any() or not frequency.sum() > 0:
-        raise ValueError("counts must be a vector in falling order, with no negative entry and one that is positive")
+    falling = frequency.ndim == 1 and (np.diff(frequency) <= 0).all() and (frequency >= 0).all()
+    if not (falling and 0 < frequency.sum() < np.inf):
+        raise ValueError("counts must be a finite vector in falling order, none negative and one of them positive")
+    for name, value in (("tokens", tokens), ("div_value", div_value)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, not {value}")
     n = len(frequency)
     if not 1 <= n_clusters < n:
         raise ValueError(f"n_clusters must lie between 1 and {n - 1}, the number of classes less one, not {n_clusters}")

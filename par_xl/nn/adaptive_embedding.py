@@ -7,11 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from par_xl.ops.adaptive_tables import integers
 
-def check_ascending(ends: Sequence[int]) -> None:
-    """The ends of the clusters, the vocabulary's last."""
+
+def cluster_ends(cutoffs: Sequence[int], n_token: int, name: str = "cutoffs") -> list[int]:
+    """Where the clusters end, the vocabulary's end last."""
+    ends = [*integers(name, cutoffs), n_token]
     if any(start >= end for start, end in itertools.pairwise([0, *ends])):
-        raise ValueError(f"cutoffs must ascend between 0 and the {ends[-1]} words, not {list(ends[:-1])}")
+        raise ValueError(f"{name} must ascend between 0 and the {n_token} words, not {ends[:-1]}")
+    return ends
+
+
+def cluster_widths(width: int, div_val: float, clusters: int, name: str = "div_val") -> list[int]:
+    """``width // div_val**i`` for each cluster i."""
+    if not div_val > 0:
+        raise ValueError(f"{name} must be positive, not {div_val}")
+    widths = [int(width // div_val**i) for i in range(clusters)]
+    if 0 in widths:
+        i = widths.index(0)
+        raise ValueError(f"{name} {div_val} leaves tail {i} of {clusters - 1} no feature: {width} / {div_val}**{i} < 1")
+    return widths
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -39,12 +54,9 @@ class AdaptiveEmbedding(nn.Module):
     def __init__(self, n_token: int, d_embed: int, d_proj: int, cutoffs: Sequence[int] = (), div_val: int = 1):
         super().__init__()
         self.n_token, self.d_embed, self.d_proj, self.div_val = n_token, d_embed, d_proj, div_val
-        self.ends = [0, *cutoffs, n_token]
-        check_ascending(self.ends[1:])
-        if d_embed // div_val ** len(cutoffs) < 1:
-            raise ValueError(f"d_embed {d_embed} leaves no width for {len(cutoffs) + 1} clusters by {div_val=}")
+        self.ends = [0, *cluster_ends(cutoffs, n_token)]
         sizes = [n_token] if div_val == 1 else [end - start for start, end in itertools.pairwise(self.ends)]
-        widths = [d_embed // div_val**i for i in range(len(sizes))]
+        widths = cluster_widths(d_embed, div_val, len(sizes))
         self.emb_layers = nn.ModuleList(nn.Embedding(*shape) for shape in zip(sizes, widths, strict=True))
         projected = div_val > 1 or d_proj != d_embed
         self.emb_projs = nn.ParameterList(

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,17 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.adaptive import _ASMoutput
 
-from par_xl.nn.adaptive_embedding import check_ascending
+from par_xl.nn.adaptive_embedding import cluster_ends, cluster_widths
 from par_xl.nn.plain_linear import plain
 from par_xl.ops.adaptive_softmax import CPU_WORKSPACE, nll_and_loss
-from par_xl.ops.adaptive_tables import Tables, head_column, softmax_logits, softmaxes
-from par_xl.ops.registry import acc_dtype
-
-
-def _check_widths(d: int, div_value: float, tails: int) -> None:
-    for i in range(1, tails + 1):
-        if int(d // div_value**i) < 1:
-            raise ValueError(f"div_value {div_value} leaves tail {i} of {tails} no feature: {d} / {div_value}**{i} < 1")
+from par_xl.ops.adaptive_tables import Tables, check_options, head_column, integer, softmax_logits, softmaxes
+from par_xl.ops.registry import acc_dtype, check_name
 
 
 class _AdaptiveSoftmax(nn.Module, ABC):
@@ -33,12 +28,9 @@ class _AdaptiveSoftmax(nn.Module, ABC):
 
     def _set_options(self, order: str, ignore_index: int, reduction: str, label_smoothing: float, z_loss: float,
                      backend: str | None) -> None:  # fmt: skip
-        if order not in ("ascending", "descending"):
-            raise ValueError(f'order must be "ascending" or "descending", not {order!r}')
-        if reduction not in ("none", "sum", "mean"):
-            raise ValueError(f'reduction must be "none", "sum" or "mean", not {reduction!r}')
-        check_ascending(self.cutoffs)
-        self.order, self.ignore_index, self.reduction = order, ignore_index, reduction
+        check_options(order, reduction, label_smoothing)
+        check_name(backend or "auto")
+        self.order, self.ignore_index, self.reduction = order, integer("ignore_index", ignore_index), reduction
         self.label_smoothing, self.z_loss, self.backend = label_smoothing, z_loss, backend
 
     def _nll_and_loss(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,7 +120,7 @@ class AdaptiveLogSoftmaxWithLoss(_AdaptiveSoftmax, nn.AdaptiveLogSoftmaxWithLoss
         turned of :func:`par_xl.adaptive_nll` (label smoothing and z-loss included).
 
     Raises:
-        ValueError: wrong cutoffs (as in torch), ``in_features / div_value**i`` below 1, and as the op.
+        ValueError, TypeError: wrong cutoffs, ``in_features / div_value**i`` below 1, and as the op.
     """
 
     def __init__(
@@ -136,7 +128,8 @@ class AdaptiveLogSoftmaxWithLoss(_AdaptiveSoftmax, nn.AdaptiveLogSoftmaxWithLoss
         device=None, dtype=None, *, tail_bias: bool = False, order: str = "ascending", ignore_index: int = -100,
         reduction: str = "mean", label_smoothing: float = 0.0, z_loss: float = 0.0, backend: str | None = None,
     ):  # fmt: skip
-        _check_widths(in_features, div_value, len(cutoffs))
+        *cutoffs, _ = cluster_ends(cutoffs, n_classes)
+        cluster_widths(in_features, div_value, len(cutoffs) + 1, "div_value")
         super().__init__(in_features, n_classes, cutoffs, div_value, head_bias, device, dtype)
         if tail_bias:
             tails: Any = self.tail
@@ -179,7 +172,8 @@ class ProjectedAdaptiveLogSoftmax(_AdaptiveSoftmax):
         ignore_index, reduction, label_smoothing, z_loss, backend: as in :func:`par_xl.adaptive_nll`.
 
     Raises:
-        ValueError: ``d_embed / div_val**i`` below 1, a shared parameter of another shape, and as the op.
+        ValueError, TypeError: ``d_embed / div_val**i`` below 1, a shared parameter of another shape or without use, and
+            as the op.
 
     Source: arXiv 1901.02860; kimiyoung/transformer-xl ``proj_adaptive_softmax.py``, whose default returns the nll by
     tail and not by token.
@@ -192,29 +186,29 @@ class ProjectedAdaptiveLogSoftmax(_AdaptiveSoftmax):
         label_smoothing: float = 0.0, z_loss: float = 0.0, backend: str | None = None,
     ):  # fmt: skip
         super().__init__()
-        _check_widths(d_embed, div_val, len(cutoffs))
         self.n_token, self.d_embed, self.d_proj, self.div_val = n_token, d_embed, d_proj, div_val
-        self.cutoffs = [*cutoffs, n_token]
+        self.cutoffs = cluster_ends(cutoffs, n_token)
         self._set_options(order, ignore_index, reduction, label_smoothing, z_loss, backend)
-        tails = len(cutoffs)
+        tails = len(self.cutoffs) - 1
         if tails:
             self.cluster_weight = nn.Parameter(torch.zeros(tails, d_embed))
             self.cluster_bias = nn.Parameter(torch.zeros(tails))
-        sizes = [end - begin for begin, end in zip([0, *cutoffs], self.cutoffs, strict=False)]
-        widths = [d_embed // div_val**i for i in range(tails + 1)]
+        sizes = [end - begin for begin, end in pairwise([0, *self.cutoffs])]
+        widths = cluster_widths(d_embed, div_val, tails + 1)
         shapes = [(n_token, d_embed)] if div_val == 1 else list(zip(sizes, widths, strict=True))
         self.out_layers = nn.ModuleList(
-            _layer(shape, weight) for shape, weight in zip(shapes, weights or [None] * len(shapes), strict=True)
+            _layer(*pair) for pair in zip(shapes, _given("weights", weights, len(shapes)), strict=True)
         )
-        if div_val == 1 and d_proj == d_embed:
-            own: list[nn.Parameter | None] = [None] * (tails + 1)
-        else:
+        own = _given("projections", projections, tails + 1)
+        if div_val != 1 or d_proj != d_embed:
             own = [
                 _shared((d_proj, width), given)
                 if given is not None
                 else nn.Parameter(0.01 * torch.randn(d_proj, width))
-                for width, given in zip(widths, projections or [None] * (tails + 1), strict=True)
+                for width, given in zip(widths, own, strict=True)
             ]
+        elif any(given is not None for given in own):
+            raise ValueError("projections must be None with div_val 1 and d_proj = d_embed, which have none")
         self.out_projs = nn.ParameterList(own)
         self.register_load_state_dict_pre_hook(_rename_nvidia)
 
@@ -251,12 +245,13 @@ class SplitSoftmax(_AdaptiveSoftmax):
 
     def __init__(self, in_features: int, n_classes: int, splits: Sequence[int] = (), *, backend: str | None = None):
         super().__init__()
-        self.cutoffs = [*splits, n_classes]
+        self.cutoffs = cluster_ends(splits, n_classes, "splits")
+        tails = len(self.cutoffs) - 1
         self._set_options("descending", -100, "none", 0.0, 0.0, backend)
         self.weight: Tensor = nn.Parameter(torch.empty(n_classes, in_features).uniform_(-0.1, 0.1))
         self.bias = nn.Parameter(torch.zeros(n_classes))
-        self.tail_vectors = nn.Parameter(torch.zeros(len(splits), in_features)) if splits else None
-        self.tail_bias = nn.Parameter(torch.zeros(len(splits))) if splits else None
+        self.tail_vectors = nn.Parameter(torch.zeros(tails, in_features)) if tails else None
+        self.tail_bias = nn.Parameter(torch.zeros(tails)) if tails else None
 
     def tables(self) -> Tables:
         return Tables([self.weight], [self.bias], [None] * len(self.cutoffs), self.tail_vectors, self.tail_bias)
@@ -264,6 +259,13 @@ class SplitSoftmax(_AdaptiveSoftmax):
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
         """``hidden (..., d)`` and ``target (...)`` to ``(...)``."""
         return self._nll_and_loss(hidden, target)[1]
+
+
+def _given(name: str, parameters: Sequence[nn.Parameter | None] | None, wanted: int) -> list[nn.Parameter | None]:
+    given: list[nn.Parameter | None] = [None] * wanted if parameters is None else list(parameters)
+    if len(given) != wanted:
+        raise ValueError(f"{name} must hold {wanted} parameters or None, not {len(given)}")
+    return given
 
 
 def _shared(shape: tuple[int, int], parameter: nn.Parameter) -> nn.Parameter:

@@ -28,7 +28,10 @@ from par_xl.ops.adaptive_tables import (
     Tables,
     check,
     check_counts,
+    check_options,
     head_column,
+    integer,
+    integers,
     softmax_logits,
     softmaxes,
     unflatten,
@@ -240,20 +243,18 @@ def nll_and_loss(
     workspace: int | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`adaptive_nll`'s values by token and their reduction (the same tensor for "none"), from one pass."""
-    if order not in ("ascending", "descending"):
-        raise ValueError(f'order must be "ascending" or "descending", not {order!r}')
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f'reduction must be "none", "sum" or "mean", not {reduction!r}')
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
+    check_options(order, reduction, label_smoothing)
     check_counts(tables, cutoffs)
     last = len(tables.weights[-1]) + (cutoffs[-1] if cutoffs and len(tables.weights) > 1 else 0)
-    ends = (*map(int, cutoffs), last)
+    ends = (*cutoffs, last)
     x, *flat = under_autocast(x, *tables.flat())
     tables = unflatten(flat, len(ends))
     check(x, target, tables, ends)
-    if workspace is None:
-        workspace = CPU_WORKSPACE if x.device.type == "cpu" else GPU_WORKSPACE
+    default = CPU_WORKSPACE if x.device.type == "cpu" else GPU_WORKSPACE
+    workspace = default if workspace is None else integer("workspace", workspace)
+    if workspace < 0:
+        raise ValueError(f"workspace must be a number of bytes, 0 or more, not {workspace}")
+    ignore_index = integer("ignore_index", ignore_index)
     options = Options(ends, order == "descending", ignore_index, float(label_smoothing), float(z_loss), workspace)
     rows, flat_target = x.reshape(-1, x.shape[-1]), target.reshape(-1).long()
     chosen = choose(FORWARD, backend, x)
@@ -296,7 +297,8 @@ def adaptive_nll(
 
     Equivalent, for ``asm = torch.nn.AdaptiveLogSoftmaxWithLoss(d, V, cutoffs)``, to ``-asm(input, target).output`` with
     ``weights=[asm.head.weight, *(t[1].weight for t in asm.tail)]`` and ``projections=[None, *(t[0].weight for t in
-    asm.tail)]``. Without cutoffs it is ``F.cross_entropy(F.linear(input, weights[0], biases[0]), target)``.
+    asm.tail)]``. Without cutoffs it is ``F.cross_entropy(F.linear(input, weights[0], biases[0]), target,
+    reduction="none")``.
 
     Args:
         input: ``(..., d)``; fp16, bf16, fp32 or fp64, any strides.
@@ -305,7 +307,7 @@ def adaptive_nll(
             ``(cutoffs[i] - cutoffs[i-1], d_i)`` for each tail, the last up to V. With ``cluster_weight``, the head's
             has ``cutoffs[0]`` rows, or a single ``(V, d_0)`` serves the head and all tails. Tables may be shared with
             others (an embedding): each argument gets its own gradient, and autograd adds them.
-        cutoffs: increasing, the first class of each of the K tails.
+        cutoffs: increasing, the first class of each of the K tails; any sequence of integers, a tensor too.
         biases: as many as weights, one for each row of it, or None.
         projections: K + 1 of ``(d_i, d)`` as in ``nn.Linear``, or None where ``d_i = d``.
         cluster_weight, cluster_bias: ``(K, d_0)`` and ``(K,)``, the head's columns of the tails, apart from its table.
@@ -328,12 +330,13 @@ def adaptive_nll(
         ValueError: a wrong shape, device, cutoff, order, reduction, smoothing or backend, a width of 0 (d / div_val**i
             below 1), or a target that is no class. On a GPU the kernels give NaN for its token, and the error comes
             with the first later call or backward that finds the value there without waiting for it.
-        TypeError: a dtype that is not floating point, two different ones, or a target that is not int32 or int64.
+        TypeError: a dtype that is not floating point, two different ones, a target that is not int32 or int64, a weight
+            that is no tensor, or a cutoff, ignore_index or workspace that is no integer.
 
     Source: arXiv 1609.04309; torch.nn.AdaptiveLogSoftmaxWithLoss; kimiyoung/transformer-xl
     ``ProjectedAdaptiveLogSoftmax``; salesforce/awd-lstm-lm ``SplitCrossEntropyLoss``.
     """
-    weights = list(weights)
+    weights, cutoffs = list(weights), integers("cutoffs", cutoffs)
     tables = Tables(
         weights,
         [None] * len(weights) if biases is None else list(biases),

@@ -1,5 +1,6 @@
 """The tables of an adaptive softmax, how they make its softmaxes, and the checks of their shapes."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -90,6 +91,27 @@ def head_column(tail: int, ends: Sequence[int], descending: bool) -> int:
     return ends[0] + (len(ends) - 2 - tail if descending else tail)
 
 
+def integer(name: str, value: Any) -> int:
+    """Python's int of an element of an array or a tensor too, but of no float."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None
+
+
+def integers(name: str, values: Sequence[Any] | Tensor) -> list[int]:
+    return [integer(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def check_options(order: str, reduction: str, label_smoothing: float) -> None:
+    if order not in ("ascending", "descending"):
+        raise ValueError(f'order must be "ascending" or "descending", not {order!r}')
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f'reduction must be "none", "sum" or "mean", not {reduction!r}')
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
+
+
 def check_counts(tables: Tables, cutoffs: Sequence[int]) -> None:
     n, given = len(cutoffs) + 1, len(tables.weights)
     allowed = {"weights": {1, n}, "biases": {given}, "projections": {n}}
@@ -98,10 +120,15 @@ def check_counts(tables: Tables, cutoffs: Sequence[int]) -> None:
         if found not in counts:
             wanted = " or ".join(map(str, sorted(counts)))
             raise ValueError(f"{name} must hold {wanted} tensors for {n - 1} cutoffs, not {found}")
+    for i, weight in enumerate(tables.weights):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weights[{i}] must be a tensor, not {weight!r}")
     if n > 1 and given == 1 and tables.cluster_weight is None:
         raise ValueError("cluster_weight must be given when one table holds all the classes")
     if n == 1 and tables.cluster_weight is not None:
         raise ValueError("cluster_weight must be None without cutoffs")
+    if tables.cluster_bias is not None and tables.cluster_weight is None:
+        raise ValueError("cluster_bias must be None without cluster_weight")
 
 
 def check(x: Tensor, target: Tensor, tables: Tables, ends: Sequence[int]) -> None:
@@ -129,7 +156,7 @@ def _check_shapes(x: Tensor, tables: Tables, ends: Sequence[int]) -> None:
         sizes = [ends[-1]]
     named: list[tuple[str, Tensor | None, tuple[int, ...]]] = []
     for i, (size, weight, bias) in enumerate(zip(sizes, tables.weights, tables.biases, strict=True)):
-        named += [(f"weights[{i}]", weight, (size, *weight.shape[1:2])), (f"biases[{i}]", bias, (size,))]
+        named += [(f"weights[{i}]", weight, (size, *weight.shape[-1:])), (f"biases[{i}]", bias, (size,))]
     for i, projection in enumerate(tables.projections):
         width = tables.weights[i if len(tables.weights) > 1 else 0].shape[-1]
         if projection is None and width != x.shape[-1]:

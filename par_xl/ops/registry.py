@@ -179,7 +179,7 @@ class use_backend:
 
     def __init__(self, name: str):
         global _selected
-        _check_name(name)
+        check_name(name)
         self._name, self._before, _selected = name, _selected, name
 
     def __enter__(self) -> "use_backend":
@@ -192,7 +192,7 @@ class use_backend:
         _selected = self._before
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     if name not in ("auto", *BACKENDS):
         raise ValueError(f'backend must be "auto", "eager", "native" or "triton", not {name!r}')
 
@@ -228,7 +228,7 @@ def _why_not_op(op: Op, backend: str, device: str, dtype: torch.dtype) -> str:
 
 
 def _choose(op: str, requested: str, device: str, dtype: torch.dtype) -> str:
-    _check_name(requested)
+    check_name(requested)
     if requested == "auto":
         candidates = (b for b in AUTO.get(device, ("eager",)) if device not in OPS[op].by_name.get(b, ()))
         return next(b for b in candidates if not _why_not_op(OPS[op], b, device, dtype))
