@@ -86,6 +86,22 @@ def test_topk_is_exact(k, scale):
     torch.testing.assert_close(wanted.gather(2, classes), values)
 
 
+@pytest.mark.parametrize("masked", [[10], [10, 11], [0, 1, 2, 10]])
+def test_topk_with_masked_classes(masked):
+    """Classes without probability are classes too, each of them once."""
+    module = AdaptiveLogSoftmaxWithLoss(16, 60, [10, 25], div_value=2.0, head_bias=True, tail_bias=True)
+    with torch.no_grad():
+        module.head.bias[masked] = -torch.inf
+        module.tail[1][1].bias[:20] = -torch.inf
+    x = torch.randn(7, 16)
+    for k in (5, 11, 40, 60):
+        values, classes = module.topk(x, k)
+        assert (classes.sort().values.diff() > 0).all()
+        wanted = module.log_prob(x)
+        torch.testing.assert_close(values, wanted.topk(k).values)
+        torch.testing.assert_close(wanted.gather(1, classes), values)
+
+
 def test_topk_prunes(monkeypatch):
     """A row enters a tail only where the tail's column beats its k-th best class."""
     from par_xl.nn import adaptive_softmax

@@ -60,7 +60,8 @@ class _AdaptiveSoftmax(nn.Module, ABC):
 
         ``log_prob(input).topk(k)`` without the log-probabilities in memory: no class of a tail is more probable than
         the tail's column in the head, so a row enters a tail only where that column beats its k-th best class so far.
-        Exact; between equally probable classes, any. On a GPU the host waits for the number of such rows.
+        Exact; between equally probable classes, any. On a GPU the host waits for the number of such rows. Of a row
+        with NaN among its logits, values and classes mean nothing.
 
         Raises:
             ValueError: k is not between 1 and V.
@@ -74,17 +75,19 @@ class _AdaptiveSoftmax(nn.Module, ABC):
 
     def _topk_of_block(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         head, tails = self._log_softmaxes(x)
+        least = torch.finfo(head.dtype).min  # of a class without probability; -inf is a place without a class
+        head = head.clamp(min=least)
         values, classes = head[:, : self.cutoffs[0]].topk(min(k, self.cutoffs[0]))
         missing = (0, k - values.shape[1])
         values, classes = F.pad(values, missing, value=-torch.inf), F.pad(classes, missing)
         for i, (column, tail) in enumerate(tails):
             size = self.cutoffs[i + 1] - self.cutoffs[i]
             for rows in (head[:, column] > values[:, -1]).nonzero()[:, 0].split(_rows(size)):
-                found = (head[rows, column, None] + _log_softmax(x[rows], tail)).topk(min(k, size))
+                found = (head[rows, column, None] + _log_softmax(x[rows], tail)).clamp(min=least).topk(min(k, size))
                 both = torch.cat([values[rows], found.values], 1).topk(k)
                 values[rows] = both.values
                 classes[rows] = torch.cat([classes[rows], found.indices + self.cutoffs[i]], 1).gather(1, both.indices)
-        return values, classes
+        return values.masked_fill(values == least, -torch.inf), classes
 
     def predict(self, input: Tensor) -> Tensor:
         """The most probable class: ``(..., d)`` to ``(...)``; see :meth:`topk`."""
