@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from par_xl.ops.registry import acc_dtype
+
 
 def attention_reconstruction_loss(
     hidden: Tensor,
@@ -56,10 +58,17 @@ def attention_reconstruction_loss(
         reduction: "mean" over elements (the published code) or "sum" (the paper's squared norm).
 
     Returns:
-        A 0-d tensor; 0 where nothing was evicted.
+        A 0-d tensor in fp32 (fp64 for fp64); 0 where nothing was evicted.
+
+    Raises:
+        ValueError: a wrong reduction, or inputs of different batch.
     """
+    _check_reduction(reduction)
+    if not len(hidden) == len(old) == len(compressed):
+        sizes = f"{len(hidden)}, {len(old)} and {len(compressed)}"
+        raise ValueError(f"hidden, old and compressed must have one batch size, not {sizes}")
     if compressed.shape[1] == 0:
-        return compressed.sum()
+        return _nothing(compressed)
     hidden, old = (x.detach() if stop else x for x, stop in ((hidden, stop_hidden), (old, stop_old)))
 
     def heads(x: Tensor, weight: Tensor) -> Tensor:
@@ -96,19 +105,29 @@ def auto_encoding_loss(
         reduction: "mean" over elements or "sum".
 
     Returns:
-        A 0-d tensor; 0 where nothing was evicted.
+        A 0-d tensor in fp32 (fp64 for fp64); 0 where nothing was evicted.
+
+    Raises:
+        ValueError: a wrong reduction, or ``old`` of another shape than what is decoded.
     """
-    if compressed.shape[1] == 0:
-        return compressed.sum()
+    _check_reduction(reduction)
     rate = weight.shape[2]
+    wanted = (compressed.shape[0], rate * compressed.shape[1], weight.shape[1])
+    if old.shape != wanted:
+        raise ValueError(f"old must have shape {wanted}, not {tuple(old.shape)}")
+    if compressed.shape[1] == 0:
+        return _nothing(compressed)
     product = F.linear(compressed, weight.permute(2, 1, 0).flatten(0, 1), None if bias is None else bias.repeat(rate))
     decoded = product.unflatten(2, (rate, -1)).flatten(1, 2)
     return _squared_error(decoded, old.detach() if stop_old else old, reduction)
 
 
 def _squared_error(x: Tensor, y: Tensor, reduction: str) -> Tensor:
-    _check_reduction(reduction)
-    return F.mse_loss(x, y, reduction=reduction)
+    return F.mse_loss(x.to(acc_dtype(x)), y.to(acc_dtype(y)), reduction=reduction)
+
+
+def _nothing(compressed: Tensor) -> Tensor:
+    return compressed.sum(dtype=acc_dtype(compressed))
 
 
 def _check_reduction(reduction: str) -> None:

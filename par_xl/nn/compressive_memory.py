@@ -196,6 +196,8 @@ class CompressiveMemory(nn.Module):
         Returns:
             What left the memory, and what became of it.
         """
+        if not len(self.rows) and len(hidden):
+            raise ValueError("reset(batch_size) must be called before the first update")
         state = MemoryState(self.rows, self.compressed, self.usage if self.compressor.mode == "most_used" else None)
         lengths = self.memory_length, self.compressed_length
         new, evicted = advance(state, hidden, self.compressor, *lengths, usage=usage, bptt=self.bptt)
