@@ -260,7 +260,10 @@ class TestUpdateMemory(OpChecks):
         "memory": (dict(memory_length=15), ValueError, "memory_length must be at least the 16 memory rows"),
         "rate": (dict(rate=0), ValueError, "rate must be a positive integer"),
         "mode": (dict(mode="conv"), ValueError, 'mode must be "mean" or "max"'),
-        "fresh": (dict(fresh=torch.zeros(3, 3, 63)), ValueError, "fresh must be of shape (3, 2, 63)"),
+        "negative": (dict(compressed_length=-1), ValueError, "compressed_length must not be negative, not -1"),
+        "fresh": (dict(fresh=torch.zeros(3, 3, 63)), ValueError, "fresh must have shape (3, 2, 63), not (3, 3, 63)"),
+        "fresh dtype": (dict(fresh=torch.zeros(3, 2, 63).half()), TypeError, "fresh must have the dtype of state"),
+        "fresh device": (dict(fresh=torch.zeros(3, 2, 63, device="meta")), ValueError, "fresh must be on"),
     }
 
     def test_second_derivative_is_an_error(self, backend, device):

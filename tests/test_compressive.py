@@ -369,6 +369,7 @@ def test_named_configurations():
         (dict(compression="dilated_conv", dilation=(0,)), "dilation must hold positive integers, not \\(0,\\)"),
         (dict(compression_weight=-1), "compression_weight must not be negative, not -1"),
         (dict(compression_loss="bptt"), "bptt needs segment_len"),
+        (dict(segment_len=1), "segment_len must be at least rate 2 to fill a group, not 1"),
         (dict(memory_layers=(1, 1)), "memory_layers must ascend"),
         (dict(compressed_positions="none"), "compressed_positions must be one of shared, own"),
         (dict(compression="conv", dilation=(1,)), "dilation goes with dilated_conv, not \\(1,\\) with conv"),

@@ -23,7 +23,7 @@ class CompressiveConfig(TransformerXLConfig):
         compression_reduction: of the layers' losses: "mean" (sonnet) or "sum" (the paper, labml).
         memory_layers: the layers that have a memory, counted from 0 and ascending; none given: all of them.
         segment_len: longer inputs are read in segments of it, each with the memory that the ones before have left; 0:
-            an input is one segment. What "bptt" trains through.
+            an input is one segment. At least ``rate``, or nothing would be compressed. What "bptt" trains through.
         compressed_positions: compressed steps have the "shared" relative keys, at distances that count all rows, or
             their "own" (sonnet), at distances as if they stood directly in front of the segment.
         gated: a GRU in place of each residual connection (lucidrains).
@@ -70,6 +70,8 @@ class CompressiveConfig(TransformerXLConfig):
             raise ValueError(f"memory_layers must lie between 0 and {self.n_layer - 1}, not {self.memory_layers}")
         if list(self.memory_layers) != sorted(set(self.memory_layers)):
             raise ValueError(f"memory_layers must ascend, not {self.memory_layers}")
+        if self.compressed_len and 0 < self.segment_len < self.rate:
+            raise ValueError(f"segment_len must be at least rate {self.rate} to fill a group, not {self.segment_len}")
         if self.compression_loss == "bptt" and not self.segment_len:
             raise ValueError("compression_loss bptt needs segment_len: it trains through the segments of one call")
 

@@ -266,8 +266,8 @@ def compress(
             them the convolutions are torch's matrix products.
 
     Returns:
-        A new contiguous tensor of memory's dtype. Same input, same bits. A second derivative of mean, max and most_used
-        exists on the eager backend alone.
+        A new contiguous tensor of memory's dtype; under autocast, that of its products for the convolutions. Same
+        input, same bits. A second derivative of mean, max and most_used exists on the eager backend alone.
 
     Raises:
         ValueError: a wrong rank, shape, device, rate, mode or backend, or an argument that the mode does not take.

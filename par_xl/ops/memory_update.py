@@ -144,6 +144,9 @@ def check_state(state: Tensor, hidden: Tensor, compressed: int, memory_length: i
         raise TypeError(f"hidden must have the dtype of state {state.dtype}, not {hidden.dtype}")
     if state.device != hidden.device:
         raise ValueError(f"hidden must be on {state.device} as state is, not on {hidden.device}")
+    for name, length in (("memory_length", memory_length), ("compressed_length", compressed_length)):
+        if length < 0:
+            raise ValueError(f"{name} must not be negative, not {length}")
     if not 0 <= compressed <= min(state.shape[1], compressed_length):
         most = min(state.shape[1], compressed_length)
         raise ValueError(f"compressed must lie between 0 and {most}, the rows that can be compressed, not {compressed}")
@@ -213,8 +216,9 @@ def update_memory(
 
 def _check_fresh(fresh: Tensor, state: Tensor, n_rows: int) -> None:
     wanted = (state.shape[0], n_rows, state.shape[2])
-    if fresh.shape != wanted or fresh.dtype != state.dtype or fresh.device != state.device:
-        raise ValueError(
-            f"fresh must be of shape {wanted}, {state.dtype}, on {state.device}, not of shape {tuple(fresh.shape)},"
-            f" {fresh.dtype}, on {fresh.device}"
-        )
+    if fresh.shape != wanted:
+        raise ValueError(f"fresh must have shape {wanted}, not {tuple(fresh.shape)}")
+    if fresh.dtype != state.dtype:
+        raise TypeError(f"fresh must have the dtype of state {state.dtype}, not {fresh.dtype}")
+    if fresh.device != state.device:
+        raise ValueError(f"fresh must be on {state.device} as state is, not on {fresh.device}")
