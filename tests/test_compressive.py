@@ -32,6 +32,8 @@ from torch import nn
 from par_xl.models import CompressiveConfig, CompressiveTransformer, TransformerXL, TransformerXLConfig
 from par_xl.testing import assert_capturable
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODES = {"mean": {}, "max": {}, "conv": {}, "dilated_conv": {"dilation": (1, 2)}, "most_used": {}}
 SMALL = dict(vocab_size=17, n_layer=3, n_head=2, d_model=8, d_head=4, d_inner=16)
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from par_xl.models import CompressiveConfig, CompressiveTransformer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = {
     "none": {},
     "zero-start": dict(memory_start="zeros"),
