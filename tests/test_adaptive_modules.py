@@ -131,9 +131,13 @@ def test_no_feature_left(module):
 
 @pytest.mark.parametrize("cutoffs", [[20, 10], [60], [-3], [10, 10]])
 def test_cutoffs_must_ascend(cutoffs):
-    for module in (AdaptiveLogSoftmaxWithLoss, lambda d, v, c: ProjectedAdaptiveLogSoftmax(v, d, d, c)):
+    for new in (
+        lambda: AdaptiveLogSoftmaxWithLoss(16, 60, cutoffs),
+        lambda: ProjectedAdaptiveLogSoftmax(60, 16, 16, cutoffs),
+        lambda: AWDLSTMConfig(60, cutoffs=cutoffs),
+    ):
         with pytest.raises(ValueError, match="cutoffs must ascend between 0 and the 60 words"):
-            module(16, 60, cutoffs)
+            new()
     with pytest.raises(ValueError, match="splits must ascend between 0 and the 60 words"):
         SplitSoftmax(16, 60, cutoffs)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from par_xl.models.generation import continue_text
 from par_xl.models.output import ModelOutput, mean_nll
+from par_xl.nn.adaptive_embedding import cluster_ends
 from par_xl.nn.adaptive_softmax import SplitSoftmax
 from par_xl.nn.dropout import EmbeddingDropout, LockedDropout, WeightDrop
-from par_xl.ops.adaptive_tables import integers
 
 LSTMMemory = list[tuple[Tensor, Tensor]]
 
@@ -48,7 +48,7 @@ class AWDLSTMConfig:
     cutoffs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        self.cutoffs = tuple(integers("cutoffs", self.cutoffs))  # a list, where it was JSON
+        self.cutoffs = tuple(cluster_ends(self.cutoffs, self.vocab_size)[:-1])  # a list, where it was JSON
 
 
 @dataclass(kw_only=True)
