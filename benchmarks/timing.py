@@ -1,6 +1,5 @@
 """Timing of rival implementations side by side, and the ceilings of the machine they are held against."""
 
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -15,19 +14,21 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def cpu_seconds(candidates: dict[str, Callable], inputs: list[Tensors], seconds: float) -> dict[str, float]:
-    """Median seconds of a call, the candidates taking turns so that a slow spell of the machine meets them all.
+    """Median seconds of a call, of at least five that take ``seconds`` together; the candidates take turns, so that a
+    slow spell of the machine meets them all.
 
-    Their order is drawn anew each turn: what a call leaves in the caches, dirty lines above all, slows the next one.
+    A call that is not timed goes before each: what others leave in the caches, dirty lines above all, would slow it.
     """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for function in candidates.values():
-        function(*inputs[0])
-    end, turn, order = time.perf_counter() + seconds * len(candidates), 0, random.Random(0)
-    while turn < 5 or time.perf_counter() < end:
-        for name, function in order.sample(list(candidates.items()), len(candidates)):
+    waiting, turn = dict(candidates), 0
+    while waiting:
+        one = inputs[turn % len(inputs)]
+        for name, function in waiting.items():
+            function(*one)
             start = time.perf_counter()
-            function(*inputs[turn % len(inputs)])
+            function(*one)
             samples[name].append(time.perf_counter() - start)
+        waiting = {name: f for name, f in waiting.items() if turn < 4 or sum(samples[name]) < seconds}
         turn += 1
     return {name: statistics.median(values) for name, values in samples.items()}
 
