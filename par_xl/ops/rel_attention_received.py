@@ -28,9 +28,9 @@ RECEIVED = Op(
 
 @RECEIVED.implement("native", lacks=no_cuda("rel_attention_received"))
 def _received_native(q, k, r, content_bias, position_bias, k_memory, key_lengths, lse, *options):
-    biases, unused = (content_bias, position_bias), None
-    call = kernel_call(q, k, k, r, *biases, k_memory, k_memory, key_lengths, unused, *options, 0.0)
-    received = _fake(q, k, r, *biases, k_memory)
+    received, biases = _fake(q, k, r, content_bias, position_bias, k_memory), (content_bias, position_bias)
+    # Values, a seed and dropout are not read.
+    call = kernel_call(q, k, k, r, *biases, k_memory, k_memory, key_lengths, None, *options, 0.0)
     threads, size, _ = _C.rel_attention_cut_cpu(call, False)
     workspace = lse.new_empty(threads, size)
     _C.rel_attention_received_cpu(call, threads, workspace.data_ptr(), lse.data_ptr(), received.data_ptr())
