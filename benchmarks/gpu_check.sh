@@ -20,7 +20,7 @@ step() { # step NAME SECONDS COMMAND...: output to OUT/log.txt, its last lines t
 
 step build 90 $PYTHON -m pip install --no-build-isolation --no-deps --no-index -e .
 $PYTHON -c "import par_xl; print(par_xl.build_info(), par_xl.backends())"
-step tests 230 $PYTHON -m pytest -q -m gpu -n 4 -p no:cacheprovider tests
+step tests 230 $PYTHON -m pytest -q -m gpu -n 8 -p no:cacheprovider tests
 if command -v compute-sanitizer > /dev/null; then
     step sanitizer 40 compute-sanitizer --tool memcheck --error-exitcode 1 $PYTHON benchmarks/small_cases.py
     step races 30 compute-sanitizer --tool racecheck --error-exitcode 1 $PYTHON benchmarks/small_cases.py

@@ -34,7 +34,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         device = parameters.get("device", "cuda" if item.get_closest_marker("gpu") else "cpu")
-        backend, dtype = parameters.get("backend", "eager"), parameters.get("dtype", torch.float32)
+        backend = parameters.get("backend", parameters.get("chosen", "eager"))  # chosen: on the CPU
+        dtype = parameters.get("dtype", torch.float64 if "gradcheck" in item.name else torch.float32)
         lacks = [registry.OPS[name].lacks.get(backend) for name in getattr(item.cls, "ops", ())]
         reasons = [registry._why_not(backend, device), *(lack(device, dtype) for lack in lacks if lack)]
         reason = next(filter(None, reasons), "")

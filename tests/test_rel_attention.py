@@ -129,7 +129,7 @@ class TestRelAttention(OpChecks):
         "device": (
             dict(k=torch.zeros(2, 2, 65, 32, device="meta")),
             ValueError,
-            "k must be on cpu as q is, not on meta",
+            "as q is, not on meta",
         ),
         "window": (
             dict(window=(-2, 0)),
@@ -156,7 +156,7 @@ class TestRelAttention(OpChecks):
         "lengths device": (
             dict(key_lengths=torch.ones(2, device="meta").long()),
             ValueError,
-            "key_lengths must be on cpu as q is, not on meta",
+            "as q is, not on meta",
         ),
     }
 

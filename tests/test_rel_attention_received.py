@@ -26,14 +26,6 @@ CASES = {
 }
 
 
-class TestReceived(OpChecks):
-    ops = ("rel_attention_received",)
-    call = staticmethod(partial(par_xl.rel_attention, return_received=True))
-    cases = {"memory": attention(1, 2, 9, 9, 5, 8)}
-    gradcheck_cases = {"memory": attention(1, 1, 3, 3, 2, 2)}
-    bad_input = {"clamp": (dict(clamp_len=-1), ValueError, "clamp_len must not be negative, not -1")}
-
-
 def column_sums(inputs):
     """(B, H, K), by autograd through the eager reference."""
     values = [*(x for x in inputs.get("memory", ())[1:]), inputs["v"]]
@@ -42,24 +34,30 @@ def column_sums(inputs):
     return torch.cat([x[..., 0] for x in gradients], 2)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_column_sums(case, backend, device):
-    inputs = make_inputs(case, torch.float32, device)
-    wanted = column_sums(promoted(inputs, torch.float64)).float()
-    for dropout_p in (0.0, 0.5):
-        out, got = par_xl.rel_attention(**inputs, dropout_p=dropout_p, return_received=True, backend=backend)
-        assert got.dtype == torch.float32 and not got.requires_grad and out.requires_grad
-        torch.testing.assert_close(got, wanted)
+class TestReceived(OpChecks):
+    ops = ("rel_attention_received",)
+    call = staticmethod(partial(par_xl.rel_attention, return_received=True))
+    cases = {"memory": attention(1, 2, 9, 9, 5, 8)}
+    gradcheck_cases = {"memory": attention(1, 1, 3, 3, 2, 2)}
+    bad_input = {"clamp": (dict(clamp_len=-1), ValueError, "clamp_len must not be negative, not -1")}
 
+    @pytest.mark.parametrize("name", CASES)
+    def test_column_sums(self, name, backend, device):
+        inputs = make_inputs(CASES[name], torch.float32, device)
+        wanted = column_sums(promoted(inputs, torch.float64)).float()
+        for dropout_p in (0.0, 0.5):
+            out, got = self.on(backend)(**inputs, dropout_p=dropout_p)
+            assert got.dtype == torch.float32 and not got.requires_grad and out.requires_grad
+            torch.testing.assert_close(got, wanted)
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype, backend, device):
-    """A weight is exact to the rounding of the queries with their bias and scale, once."""
-    inputs = make_inputs(CASES["memory"], dtype, device)
-    wanted = column_sums(promoted(inputs, torch.float64))
-    _, got = par_xl.rel_attention(**inputs, return_received=True, backend=backend)
-    assert got.dtype == torch.float32
-    assert largest_error(got, wanted) <= 4 * torch.finfo(dtype).eps * wanted.max().item()
+    @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, half, backend, device):
+        """A weight is exact to the rounding of the queries with their bias and scale, once."""
+        inputs = make_inputs(CASES["memory"], half, device)
+        wanted = column_sums(promoted(inputs, torch.float64))
+        _, got = self.on(backend)(**inputs)
+        assert got.dtype == torch.float32
+        assert largest_error(got, wanted) <= 4 * torch.finfo(half).eps * wanted.max().item()
 
 
 def test_no_matrix_of_queries_times_keys():
