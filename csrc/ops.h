@@ -121,7 +121,7 @@ struct Dropout {
     void ar_tar_backward(const ArTar& p, const void* grad, const void* scale, Rows d_output, Rows d_raw); \
     RelAttentionCut rel_attention_cut(const RelAttention& p, bool backward);                   \
     void rel_attention_forward(const RelAttention& p, int64_t threads, void* workspace, Heads out, void* lse); \
-    /* (batch, heads, memory + keys), likewise */                                              \
+    /* received (batch, heads, memory + keys); lse may be that of a softmax over more keys than these */ \
     void rel_attention_received(const RelAttention& p, int64_t threads, void* workspace, const void* lse, void* received); \
     /* d_keys_values: those of k, v, k_memory, v_memory. To be summed over the parts, with width padded to 16:          \
        dr (parts, heads, positions, width) and d_biases (parts, heads, 2, width). out and lse: null, or those of a \

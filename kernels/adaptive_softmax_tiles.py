@@ -59,9 +59,8 @@ def log_sum(
                 h, weight, cluster, bias, rows, end, at, split, columns, WIDTH, BK, HAS_BIAS, PIECES, PRECISION, acc
             )
             top = tl.maximum(largest, tl.max(z, 1))
-            base = tl.where(
-                top == float("-inf"), 0.0, top
-            )  # of a row whose logits so far are all -inf: its sum stays 0
+            # The sum stays 0 where a row's logits so far are all -inf.
+            base = tl.where(top == float("-inf"), 0.0, top)
             sum = sum * tl.exp(largest - base) + tl.sum(tl.exp(z - base[:, None]), 1)
             largest = top
             total += tl.sum(tl.where((at < columns)[None, :], z, 0.0), 1)

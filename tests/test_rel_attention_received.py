@@ -68,6 +68,15 @@ def test_no_matrix_of_queries_times_keys():
     assert peak < matrices / 8
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this runs in the interpreter, on the CPU")
+def test_a_sequence_of_impossible_length_gives_nan():
+    """As the forward: on a GPU the host does not look."""
+    q, k, r, bias = (torch.randn(*shape) for shape in ((3, 1, 4, 8), (3, 1, 4, 8), (1, 4, 8), (1, 8)))
+    limits = UNLIMITED, 0, UNLIMITED, 0.3
+    got = RECEIVED(q, k, r, bias, bias, None, lengths(5, 3, -1), torch.zeros(3, 1, 4), *limits, "triton")
+    assert got[[0, 2]].isnan().all() and got[1].isfinite().all()
+
+
 def test_native_on_a_gpu_is_refused_up_front():
     assert "has no CUDA kernels" in RECEIVED.lacks["native"]("cuda", torch.float16)
 
