@@ -98,13 +98,25 @@ PYBIND11_MODULE(_C, m) {
                                    at<int64_t>(offsets), at<int64_t>(bad)};
         }));
     m.def("adaptive_buckets_cpu", [](const AdaptiveBuckets& p) { return CPU(adaptive_buckets)(p); }, nogil());
-    py::class_<AdaptiveRows>(m, "AdaptiveRows")
-        .def(py::init([](Address logits, int64_t rows, int64_t columns, int64_t stride, Address bias, Address tokens,
-                         Address column, Address grad, Address nll, double label_smoothing, double z_loss, int dtype) {
-            return AdaptiveRows{at(logits), rows, columns, stride, at(bias), at<const int64_t>(tokens),
-                                at<const int64_t>(column), at(grad), at(nll), label_smoothing, z_loss, DType(dtype)};
+    py::class_<AdaptivePiece>(m, "AdaptivePiece")
+        .def(py::init([](Address weight, Address bias, int64_t classes, int64_t stride, Address d_weight, Address d_bias) {
+            return AdaptivePiece{at(weight), at(bias), classes, stride, at(d_weight), at(d_bias)};
         }));
-    m.def("adaptive_rows_cpu", [](const AdaptiveRows& p) { CPU(adaptive_rows)(p); }, nogil());
+    py::class_<AdaptiveSoftmax>(m, "AdaptiveSoftmax")
+        .def(py::init([](const std::vector<AdaptivePiece>& pieces, std::array<Address, 6> x, std::array<int64_t, 4> n,
+                         double label_smoothing, double z_loss, int dtype) {
+            return AdaptiveSoftmax{{pieces.at(0), pieces.size() > 1 ? pieces[1] : AdaptivePiece{}}, at(x[0]), at(x[1]),
+                                   at<const int64_t>(x[2]), at<const int64_t>(x[3]), at(x[4]), at(x[5]), n[0], n[1], n[2],
+                                   n[3], label_smoothing, z_loss, DType(dtype)};
+        }));
+    m.def("adaptive_softmax_memory_cpu", [](const AdaptiveSoftmax& p) { return CPU(adaptive_softmax_memory)(p); });
+    m.def("adaptive_softmax_cpu", [](const AdaptiveSoftmax& p, Address memory) { CPU(adaptive_softmax)(p, at(memory)); }, nogil());
+    py::class_<AdaptiveRows>(m, "AdaptiveRows")
+        .def(py::init([](Address logits, int64_t rows, int64_t columns, int64_t stride, Address bias, Address column,
+                         Address grad, Address nll, double label_smoothing, double z_loss, int dtype) {
+            return AdaptiveRows{at(logits), rows, columns, stride, at(bias), at<const int64_t>(column), at(grad), at(nll),
+                                label_smoothing, z_loss, DType(dtype)};
+        }));
 
     py::class_<Compression>(m, "Compression")
         .def(py::init([](RowsTuple memory, RowsTuple compressed, Address choice, int64_t batch, int64_t steps, int64_t width,

@@ -55,17 +55,38 @@ struct AdaptiveBuckets {
     int64_t* bad;                        // on a GPU: takes a target that is no class, whose head_column is then -2
 };
 
-// A block of rows of one softmax of it: logits become the gradient of the rows' loss in place, if that is wanted.
+// Neighbouring classes of a softmax whose weights stand in one table. A null pointer: no bias, a gradient that is not wanted.
+struct AdaptivePiece {
+    const void *weight, *bias;  // (classes, width) with rows `stride` apart, (classes)
+    int64_t classes, stride;
+    void *d_weight, *d_bias;  // contiguous
+};
+
+// One softmax of it on the CPU: the losses of its rows, and the gradients if there is a `grad`.
+struct AdaptiveSoftmax {
+    AdaptivePiece pieces[2];  // the second may have no classes
+    const void* h;            // (rows, width) with rows `stride` apart
+    void* dh;                 // (rows, width), contiguous, or nullptr
+    const int64_t* tokens;    // the token of each row, or nullptr: row i is token i
+    const int64_t* column;    // by token: the target's column
+    const void* grad;         // by token, or nullptr: no gradient is wanted
+    void* nll;                // by token; the rows' losses are added to it
+    int64_t rows, width, stride;
+    int64_t workspace;  // bytes that logits may take; what is kept besides them grows with neither rows nor classes
+    double label_smoothing, z_loss;
+    DType dtype;  // of the tables; all else is in its arithmetic type
+};
+
+// A block of rows of the head's logits on the GPU, which become the gradient of the rows' loss in place.
 struct AdaptiveRows {
     void* logits;  // (rows, columns)
     int64_t rows, columns, stride;
-    const void* bias;        // (columns) or nullptr
-    const int64_t* tokens;   // the token of each row, or nullptr: row i is token i
-    const int64_t* column;   // by token: the target's column; -1: no loss
-    const void* grad;        // by token, or nullptr: no gradient is wanted
-    void* nll;               // by token; the rows' losses are added to it
+    const void* bias;       // (columns) or nullptr
+    const int64_t* column;  // (rows): the target's column; -1: no loss
+    const void* grad;       // (rows)
+    void* nll;              // (rows)
     double label_smoothing, z_loss;
-    DType dtype;  // of the gradient; all else is in its arithmetic type, on the CPU the gradient too
+    DType dtype;  // of the gradient; all else is in its arithmetic type
 };
 
 enum class Compressor : int { mean, max, most_used, given };
@@ -130,7 +151,8 @@ struct Dropout {
                                 Heads grad, Heads dq, const Heads* d_keys_values, void* dr, void* d_biases); \
     /* -1, or the first token whose target is no class */                                      \
     int64_t adaptive_buckets(const AdaptiveBuckets& p);                                        \
-    void adaptive_rows(const AdaptiveRows& p);                                                 \
+    int64_t adaptive_softmax_memory(const AdaptiveSoftmax& p); /* bytes */                     \
+    void adaptive_softmax(const AdaptiveSoftmax& p, void* memory);                             \
     void compress_forward(const Compression& p, const float* usage);                           \
     void compress_backward(const Compression& p);                                              \
     void memory_update(const MemoryUpdate& p);                                                 \
@@ -157,7 +179,7 @@ void ar_tar_backward(const ArTar& p, const void* grad, const void* scale, Rows d
 void rel_attention_forward(const RelAttention& p, Heads out, float* lse, void* stream);
 int64_t adaptive_bucket_counts(const AdaptiveBuckets& p);
 void adaptive_buckets(const AdaptiveBuckets& p, int64_t* counts, void* stream);
-// stride: a multiple of 64; a narrower gradient starts where its row of logits does; nll is written, without `tokens`
+// stride: a multiple of 64; a narrower gradient starts where its row of logits does
 void adaptive_rows(const AdaptiveRows& p, void* stream);
 void compress_forward(const Compression& p, const float* usage, void* stream);
 void compress_backward(const Compression& p, void* stream);

@@ -16,7 +16,7 @@ constexpr int vector_bytes = 32, tile_vectors = 2;  // 12 sums in 16 registers
 constexpr int vector_bytes = 16, tile_vectors = 2;
 #endif
 constexpr int tile_rows = 6;
-constexpr int64_t depth_step = 256;  // of a product: as much of b as the first-level cache holds
+constexpr int64_t depth_step = 192;  // of a product: as much of b as the first-level cache holds
 
 template <class T> constexpr int64_t lanes = vector_bytes / int64_t(sizeof(T));
 template <class T> constexpr int64_t panel = tile_vectors * lanes<T>;  // columns of a tile
@@ -52,6 +52,7 @@ void multiply_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_step, con
             for (int n = 0; n < V; ++n) sum[m][n] += a[m * a_row + k * a_step] * right[n];
     };
     int64_t k = 0;
+#pragma GCC unroll 4
     for (; k + chains <= depth; k += chains)
 #pragma GCC unroll 8
         for (int i = 0; i < chains; ++i) add(k + i, sums[i]);
@@ -89,18 +90,55 @@ struct Tiles {
 };
 template <class T> constexpr Tiles<T> tiles{std::make_integer_sequence<int, tile_rows>()};
 
-// c (rows, columns) = a b, or plus that, where a(m, k) = a[m * a_row + k * a_step]. Whole vectors of c are written.
+// Rows that are needed next, fetched into the second-level cache a few lines at a time.
+class Ahead {
+    struct Area {
+        const char* row;
+        int64_t rows, bytes, stride;
+    } areas[2] = {};
+    int64_t area = 0, at = 0;
+
+public:
+    template <class T>
+    Ahead& add(const T* from, int64_t rows, int64_t width, int64_t stride) {
+        areas[areas[0].rows > 0] = {reinterpret_cast<const char*>(from), rows, width * int64_t(sizeof(T)), stride * int64_t(sizeof(T))};
+        return *this;
+    }
+
+    int64_t lines() const {
+        int64_t sum = 0;
+        for (const Area& x : areas) sum += x.rows * ceil_div(x.bytes, 64);
+        return sum;
+    }
+
+    PAR_XL_INLINE void fetch(int64_t count) {
+        for (; count > 0 && area < 2; --count) {
+            Area& x = areas[area];
+            if (x.rows > 0) __builtin_prefetch(x.row + at, 0, 2);
+            at += 64;
+            if (at >= x.bytes) at = 0, x.row += x.stride, --x.rows;
+            if (x.rows <= 0) ++area;
+        }
+    }
+};
+
+// c (rows, columns) = a b, or plus that, where a(m, k) = a[m * a_row + k * a_step]. Whole vectors of c are written. What is
+// needed next is fetched meanwhile.
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_step, Factor<T> b, T* c,
-              int64_t c_row, bool accumulate) {
+              int64_t c_row, bool accumulate, Ahead ahead = {}) {
+    const int64_t count = ceil_div(rows, tile_rows) * ceil_div(columns, panel<T>) * ceil_div(depth, depth_step);
+    const int64_t lines = ceil_div(ahead.lines(), max(1, count));
     for (int64_t k = 0; k < depth; k += depth_step)
         for (int64_t n = 0; n < columns; n += panel<T>) {
             const int64_t vectors = ceil_div(min(columns - n, panel<T>), lanes<T>);
             const T* right = b.data + k * b.row + n / panel<T> * b.panel_stride;
-            for (int64_t m = 0; m < rows; m += tile_rows)
+            for (int64_t m = 0; m < rows; m += tile_rows) {
+                ahead.fetch(lines);
                 tiles<T>.at[min(rows - m, tile_rows) - 1][vectors - 1](
                     min(depth - k, depth_step), a + m * a_row + k * a_step, a_row, a_step, right, b.row,
                     c + m * c_row + n, c_row, accumulate || k > 0);
+            }
         }
 }
 

@@ -50,7 +50,7 @@ from par_xl.ops.registry import (
     without_autocast,
 )
 
-GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 28 << 20  # bytes of logits at a time; on the CPU, what stays in its cache
+GPU_WORKSPACE, CPU_WORKSPACE = 256 << 20, 28 << 20  # bytes of logits at a time
 
 
 def _loss(z: Tensor, target: Tensor, options: Options) -> Tensor:
@@ -317,8 +317,8 @@ def adaptive_nll(
         reduction: "none", "sum", or "mean" over the tokens that are not ignored.
         label_smoothing: weight of the uniform distribution, within the head and within the token's tail.
         z_loss: weight of ``lse^2``, of the head and of the token's tail.
-        workspace: bytes of logits at a time; default 256 MB on a GPU, 28 MB on the CPU (there at least 16 rows). At 0
-            the Triton backend keeps no logits in memory at all.
+        workspace: bytes of logits at a time; default 256 MB on a GPU, 28 MB on the CPU. At 0, and on the CPU below 80
+            rows of them, no logits are in memory at all: the gradients' pass makes them again.
         backend: "eager", "native", "triton" or "auto"; default: what :func:`par_xl.use_backend` chose.
 
     Returns:

@@ -31,7 +31,7 @@ def rows_in_place(
     z: Tensor, dz: Tensor, bias: Tensor | None, column: Tensor, grad: Tensor, nll: Tensor, options: Options
 ) -> None:
     """As ``rows_in_place`` of kernels/adaptive_softmax_rows.py."""
-    addresses = (0 if t is None else t.data_ptr() for t in (bias, None, column, grad, nll))
+    addresses = (0 if t is None else t.data_ptr() for t in (bias, column, grad, nll))
     smoothing = options.label_smoothing, options.z_loss
     problem = _C.AdaptiveRows(z.data_ptr(), *z.shape, z.stride(0), *addresses, *smoothing, DTYPES[dz.dtype])
     _C.adaptive_rows_cuda(problem, torch.cuda.current_stream().cuda_stream)

@@ -10,7 +10,7 @@ import weakref
 import torch
 from torch import Tensor
 
-LARGE = 8 << 20  # bytes, from which on memory is kept
+LARGE = 2 << 20  # bytes, from which on memory is kept: those of a huge page
 KEPT = 512 << 20  # the most bytes that are kept for later results; what was free for longest goes first
 
 _free: list[mmap.mmap] = []

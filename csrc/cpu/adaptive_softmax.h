@@ -1,0 +1,44 @@
+// How one softmax of adaptive_softmax is cut on the CPU: into rounds of rows, tiles of classes, and parts for the threads.
+#pragma once
+#include "matmul.h"
+
+namespace par_xl::PAR_XL_ISA {
+
+constexpr int64_t least_classes = 8 * tile_rows, most_classes = 16 * tile_rows;
+constexpr int64_t operand_bytes = 384 << 10;  // of the rows of h that the tiles share
+constexpr int64_t least_rows = 64, most_rows = 512;
+constexpr int64_t margin = 16;  // behind the rows of a logit: those of two are not a power of two apart, where caches hold few
+constexpr int64_t narrow = 64;  // a product of this width costs less than the way of its result to memory and back
+
+// A tile has classes of one piece, and a part is a run of tiles.
+template <class T>
+struct AdaptivePlan {
+    int64_t columns, rows, threads, team, classes, tiles_of[2], tiles, parts;  // rows of a round, classes of a tile
+    bool kept;                                                                 // exp(z - m), between the passes
+
+    explicit AdaptivePlan(const AdaptiveSoftmax& p) : columns(p.pieces[0].classes + p.pieces[1].classes) {
+        const int64_t size = sizeof(T), fit = (p.workspace / size / columns - margin) / least_rows * least_rows;
+        kept = p.grad && p.width > narrow && fit > 0;
+        rows = (operand_bytes / size / p.width + least_rows / 2) / least_rows * least_rows;
+        rows = min(most_rows, max(least_rows, rows));
+        if (kept) rows = min(rows, fit);
+        rows = round_up(ceil_div(p.rows, ceil_div(p.rows, rows)), lanes<T>);
+        threads = threads_for(rows * columns * size);
+        team = max(2, threads);
+        classes = min(most_classes, max(least_classes, round_up(ceil_div(columns, team), tile_rows)));
+        for (int i = 0; i < 2; ++i) tiles_of[i] = ceil_div(p.pieces[i].classes, classes);
+        tiles = tiles_of[0] + tiles_of[1];
+        threads = min(threads, tiles);
+        parts = min(tiles, 3 * team);
+    }
+
+    // Three parts for each thread, the second half as long as the first and the third half as long as that: a thread whose
+    // core has other work leaves its last ones to the others.
+    int64_t first_tile(int64_t part) const {
+        if (tiles < 7 * team) return part * tiles / parts;
+        const int64_t halves = max(0, part - team), quarters = max(0, part - 2 * team);  // 4, 2 and 1 of 7 shares
+        return (4 * part - 2 * halves - quarters) * tiles / (7 * team);
+    }
+};
+
+}  // namespace par_xl::PAR_XL_ISA

@@ -1,0 +1,113 @@
+"""adaptive_nll in C++, where its cuts fall: rounds of rows, tiles and parts of classes, logits kept or made again."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import par_xl
+from par_xl.testing import largest_error, peak_memory, promoted, run
+
+# Tokens, width, classes and workspace: wide enough that exp(z - m) is kept (unless the workspace is 0), or narrow; one
+# round or several, the last one shorter; fewer tiles than parts, or parts of several tiles; sizes beside whole vectors.
+SHAPES = {
+    "kept": (150, 136, 1500, 1 << 20),
+    "made again": (150, 136, 1500, 0),
+    "narrow": (150, 40, 1500, 1 << 20),
+    "rounds": (500, 72, 300, 80 * 302 * 8),
+    "narrow rounds": (1300, 8, 130, 0),
+    "no whole vector": (67, 1, 61, 1 << 20),
+    "few rows": (3, 80, 2001, 1 << 20),
+}
+
+
+def inputs_of(n, d, classes, workspace, dtype, **options):
+    """A head whose columns of the two tails stand apart, in one table with their classes, and biases."""
+    generator = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
+    cutoffs = [classes // 2, classes * 3 // 4]
+    return dict(
+        input=randn(n, d), target=torch.randint(0, classes, (n,), generator=generator), weights=[randn(classes, d)],
+        biases=[randn(classes)], cutoffs=cutoffs, projections=[None] * 3, cluster_weight=randn(2, d),
+        cluster_bias=randn(2), workspace=workspace, label_smoothing=0.1, z_loss=1e-3, reduction="mean", **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_eager(shape, dtype):
+    """fp64 to rounding; narrower dtypes within twice eager's own error, as in the shared budget."""
+    inputs = inputs_of(*shape, dtype)
+    got, peer, exact = (
+        run(lambda b=b, **x: par_xl.adaptive_nll(**x, backend=b), x)
+        for b, x in (("native", inputs), ("eager", inputs), ("eager", promoted(inputs, torch.float64)))
+    )
+    for x, y, reference in zip(*(a[0] + a[1] for a in (got, peer, exact)), strict=True):
+        size = reference.abs().max().item()
+        own = 1e-13 * size if dtype == torch.float64 else largest_error(y, reference)
+        assert largest_error(x, reference) <= 2 * own + torch.finfo(x.dtype).eps * size
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("isa", ["base", "avx2"])
+def test_older_processors(shape, isa):
+    """The copies for older instruction sets, whose tiles have other sizes."""
+    script = (
+        "import torch, par_xl, test_adaptive_softmax_cpu as t\n"
+        "from par_xl.testing import run\n"
+        f"x = t.inputs_of(*{shape}, torch.float64)\n"
+        "a, b = (run(lambda b=b, **x: par_xl.adaptive_nll(**x, backend=b), x) for b in ('native', 'eager'))\n"
+        "[torch.testing.assert_close(x, y) for x, y in zip(a[0] + a[1], b[0] + b[1], strict=True)]\n"
+        "print(par_xl.build_info()['cpu'])\n"
+    )
+    environment = {**os.environ, "PAR_XL_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in (isa, "base")  # a processor may be older still
+
+
+def test_threads():
+    """One and two threads give the same bits; more cut the classes finer, and agree to rounding."""
+    inputs, before, results = inputs_of(300, 136, 3000, 1 << 22, torch.float32), torch.get_num_threads(), []
+    for n in (1, 2, 2, 5):
+        torch.set_num_threads(n)
+        outputs, gradients = run(lambda **x: par_xl.adaptive_nll(**x, backend="native"), inputs)
+        results.append(outputs + gradients)
+    torch.set_num_threads(before)
+    one, two, again, five = results
+    assert all(torch.equal(x, y) and torch.equal(y, z) for x, y, z in zip(one, two, again, strict=True))
+    for x, y in zip(one, five, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_padded_rows_of_a_table():
+    """A table that is a part of a wider one is read where it is."""
+    inputs = inputs_of(90, 80, 1500, 1 << 20, torch.float32)
+    wide = torch.randn(1500, 100)
+    wide[:, :80] = inputs["weights"][0].detach()
+    other = {**inputs, "weights": [wide.requires_grad_()[:, :80]]}
+    wanted, got = (
+        torch.autograd.grad(par_xl.adaptive_nll(**x, backend="native"), [x["input"], x["weights"][0]])
+        for x in (inputs, other)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_strict_memory(reduction):
+    """With a workspace of 0, nothing beyond the gradients but what 512 rows need: nothing of 8 MB of logits."""
+    x, weight = torch.randn(1024, 72, requires_grad=True), torch.randn(2000, 72, requires_grad=True)
+    target, peaks = torch.arange(1024), []
+    for workspace in (0, 1 << 30):
+
+        def step(workspace=workspace):
+            nll = par_xl.adaptive_nll(
+                x, target, [weight], [], workspace=workspace, reduction=reduction, backend="native"
+            )
+            return torch.autograd.grad(nll.sum(), [x, weight])
+
+        step()
+        peaks.append(peak_memory(step, x.device) - x.nbytes - weight.nbytes)
+    assert peaks[0] < 3 << 20 < peaks[1]
