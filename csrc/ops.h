@@ -72,7 +72,7 @@ struct AdaptiveSoftmax {
     const void* grad;         // by token, or nullptr: no gradient is wanted
     void* nll;                // by token; the rows' losses are added to it
     int64_t rows, width, stride;
-    int64_t workspace;  // bytes that logits may take; what is kept besides them grows with neither rows nor classes
+    int64_t workspace;  // bytes that logits may take
     double label_smoothing, z_loss;
     DType dtype;  // of the tables; all else is in its arithmetic type
 };

@@ -154,13 +154,15 @@ def weight_gradient(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
     NEED_WEIGHT: tl.constexpr, NEED_CLUSTER: tl.constexpr,
 ):  # fmt: skip
-    """dW = dz^T h and db, of a block of columns and of features."""
+    """dW = dz^T h and db, of a block of columns and of features. Rare classes have the same dz in most rows, and each
+    addition to db would round alike: what it lost is added with the next."""
     acc: tl.constexpr = lse_of.dtype.element_ty
     begin, end = tl.load(offsets), tl.load(offsets + 1)
     at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     features = tl.program_id(1) * BD + tl.arange(0, BD)
     dw = tl.zeros([COLUMNS, BD], acc)
     db = tl.zeros([COLUMNS], acc)
+    lost = tl.zeros([COLUMNS], acc)
     for r in range(begin, end, ROWS):
         rows = (r + tl.arange(0, ROWS)).to(tl.int64)
         z = _tile(h, weight, cluster, bias, rows, end, at, split, columns, WIDTH, BK, HAS_BIAS, PIECES, PRECISION, acc)
@@ -171,7 +173,10 @@ def weight_gradient(
             other=0.0,
         )
         dw = tl.dot(tl.trans(d).to(hidden.dtype), hidden, dw, input_precision=PRECISION, out_dtype=acc)
-        db += tl.sum(d, 0)
+        added = tl.sum(d, 0) - lost
+        sum = db + added
+        lost = (sum - db) - added
+        db = sum
     wanted = (at < split) & NEED_WEIGHT | (at >= split) & NEED_CLUSTER
     to = _piece(d_weight, d_cluster, at, split, WIDTH, PIECES)[:, None] + features[None, :]
     tl.store(to, dw, mask=((at < columns) & wanted)[:, None] & (features < WIDTH)[None, :])

@@ -66,7 +66,7 @@ public:
 #pragma omp for schedule(dynamic)
             for (int64_t part = 0; part < plan.parts; ++part) second_pass(part);
 #pragma omp for
-            for (int64_t t = 0; t < n; t += lanes<T>) add_hidden(t);
+            for (int64_t d = 0; d < p.width; d += lanes<T>) add_hidden(d);
         }
     }
 
@@ -331,20 +331,20 @@ private:
             }
     }
 
-    // Rows t .. t + lanes of dh, from the parts of its transpose.
-    void add_hidden(int64_t t) const {
+    // Columns d .. d + lanes of dh, from the parts of its transpose.
+    void add_hidden(int64_t d) const {
         if (!p.dh) return;
-        T* to = static_cast<T*>(p.dh) + (begin + t) * p.width;
-        const int64_t count = min(lanes<T>, n - t);
-        for (int64_t d = 0; d < p.width; ++d) {
-            T sums[lanes<T>] = {};
-            for (int64_t part = 0; part < plan.parts; ++part) {
-                const T* from = d_hidden + (part * p.width + d) * pitch_z + t;
+        const int64_t count = min(lanes<T>, p.width - d);
+        T sums[lanes<T>][most_rows] = {};
+        for (int64_t part = 0; part < plan.parts; ++part)
+            for (int64_t i = 0; i < count; ++i) {
+                const T* from = d_hidden + (part * p.width + d + i) * pitch_z;
 #pragma omp simd
-                for (int64_t i = 0; i < lanes<T>; ++i) sums[i] += from[i];
+                for (int64_t t = 0; t < n; ++t) sums[i][t] += from[t];
             }
-            for (int64_t i = 0; i < count; ++i) to[i * p.width + d] = sums[i];
-        }
+        T* to = static_cast<T*>(p.dh) + begin * p.width + d;
+        for (int64_t t = 0; t < n; ++t)
+            for (int64_t i = 0; i < count; ++i) to[t * p.width + i] = sums[i][t];
     }
 };
 

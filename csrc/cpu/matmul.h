@@ -16,7 +16,7 @@ constexpr int vector_bytes = 32, tile_vectors = 2;  // 12 sums in 16 registers
 constexpr int vector_bytes = 16, tile_vectors = 2;
 #endif
 constexpr int tile_rows = 6;
-constexpr int64_t depth_step = 192;  // of a product: as much of b as the first-level cache holds
+constexpr int64_t depth_step = 128;  // of a product: as much of b as the first-level cache holds
 
 template <class T> constexpr int64_t lanes = vector_bytes / int64_t(sizeof(T));
 template <class T> constexpr int64_t panel = tile_vectors * lanes<T>;  // columns of a tile
