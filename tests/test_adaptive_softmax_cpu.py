@@ -82,6 +82,17 @@ def test_threads():
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("workspace", [0, 1 << 20])
+def test_masked_classes(workspace):
+    """Tiles and parts whose logits are all -inf, before and behind a row's target."""
+    inputs = inputs_of(150, 136, 1500, workspace, torch.float64)
+    inputs["label_smoothing"], inputs["target"] = 0.0, 400 + inputs["target"] % 300
+    inputs["biases"][0].data[:400] = inputs["biases"][0].data[700:750] = inputs["biases"][0].data[1130:] = -torch.inf
+    got, wanted = (run(lambda b=b, **x: par_xl.adaptive_nll(**x, backend=b), inputs) for b in ("native", "eager"))
+    for x, y in zip(got[0] + got[1], wanted[0] + wanted[1], strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_padded_rows_of_a_table():
     """A table that is a part of a wider one is read where it is."""
     inputs = inputs_of(90, 80, 1500, 1 << 20, torch.float32)

@@ -146,12 +146,18 @@ private:
         }
     }
 
+    // Calls f(tile, its classes, those of the next one) for the tiles of a part; the last one is its own next.
+    template <class F>
+    void for_tiles(int64_t part, F&& f) const {
+        const int64_t end = plan.first_tile(part + 1);
+        for (int64_t tile = plan.first_tile(part); tile < end; ++tile) f(tile, classes_of(tile), classes_of(min(tile + 1, end - 1)));
+    }
+
     // z (classes, rows) = W h^T + b, while the next table is fetched
-    void multiply_logits(const Classes& x, T* z, const Classes* next) const {
+    void multiply_logits(const Classes& x, const Classes& next, T* z) const {
         int64_t stride;
         const T* w = table(x, stride);
-        Ahead ahead;
-        if (next) ahead.add(weight(*next), next->count, p.width, next->piece.stride);
+        const Ahead ahead = Ahead().add(weight(next), next.count, p.width, next.piece.stride);
         multiply(x.count, round_up(n, lanes<T>), p.width, w, stride, 1, Factor<T>{h_t, panel<T>, panel<T> * p.width}, z, pitch_z,
                  false, ahead);
         if (!x.piece.bias) return;
@@ -174,12 +180,9 @@ private:
             part_largest[at + t] = minus_infinity<T>;
             part_sum[at + t] = part_total[at + t] = 0;
         }
-        for (int64_t tile = plan.first_tile(part); tile < plan.first_tile(part + 1); ++tile) {
-            const Classes x = classes_of(tile);
+        for_tiles(part, [&](int64_t tile, const Classes& x, const Classes& next) {
             T* z = logits_of(x);
-            const bool more = tile + 1 < plan.first_tile(part + 1);
-            const Classes next = classes_of(tile + more);
-            multiply_logits(x, z, more ? &next : nullptr);
+            multiply_logits(x, next, z);
             for (int64_t t = 0; t < n; ++t) {
                 const int64_t c = p.column[token(t)] - x.column;
                 if (c >= 0 && c < x.count) of_target[t] = z[c * pitch_z + t];
@@ -187,7 +190,7 @@ private:
             if (p.label_smoothing != 0) add_columns(x, z, part_total + at);
             exponentiate(x, z, part_largest + at, part_sum + at);
             if (plan.kept) memcpy(references + tile * plan.rows, part_largest + at, plan.rows * sizeof(T));
-        }
+        });
     }
 
     void add_columns(const Classes& x, const T* z, double* total) const {
@@ -261,24 +264,21 @@ private:
 
     void second_pass(int64_t part) const {
         T* const dh = d_hidden + part * p.width * pitch_z;
-        for (int64_t tile = plan.first_tile(part); tile < plan.first_tile(part + 1); ++tile) {
-            const Classes x = classes_of(tile);
+        for_tiles(part, [&](int64_t tile, const Classes& x, const Classes& next) {
             T* z = logits_of(x);
-            if (!plan.kept) multiply_logits(x, z, nullptr);
+            if (!plan.kept) multiply_logits(x, next, z);
             differentiate(x, z, plan.kept ? references + tile * plan.rows : nullptr);
             if (x.piece.d_bias) add_rows(x, z);
-            const bool more = tile + 1 < plan.first_tile(part + 1);
-            const Classes next = classes_of(tile + more);
             if (x.piece.d_weight) add_table(x, z);
-            if (!p.dh) continue;
+            if (!p.dh) return;
             int64_t stride;
             const T* w = table(x, stride);
             Ahead ahead;
-            if (more && plan.kept) ahead.add(logits_of(next), next.count, n, pitch_z);
-            if (more && next.piece.d_weight) ahead.add(d_weight(next), next.count, p.width, p.width);
+            if (plan.kept) ahead.add(logits_of(next), next.count, n, pitch_z);
+            if (next.piece.d_weight) ahead.add(d_weight(next), next.count, p.width, p.width);
             multiply(p.width, round_up(n, lanes<T>), x.count, w, 1, stride, Factor<T>{z, pitch_z, panel<T>}, dh, pitch_z,
                      tile > plan.first_tile(part), ahead);
-        }
+        });
     }
 
     // z <- dz, from exp(z - reference), or from z where there is none
@@ -335,6 +335,8 @@ private:
     void add_hidden(int64_t d) const {
         if (!p.dh) return;
         const int64_t count = min(lanes<T>, p.width - d);
+        T* to = static_cast<T*>(p.dh) + begin * p.width + d;
+        for (int64_t t = 0; t < n; ++t) __builtin_prefetch(to + t * p.width, 1);
         T sums[lanes<T>][most_rows] = {};
         for (int64_t part = 0; part < plan.parts; ++part)
             for (int64_t i = 0; i < count; ++i) {
@@ -342,7 +344,6 @@ private:
 #pragma omp simd
                 for (int64_t t = 0; t < n; ++t) sums[i][t] += from[t];
             }
-        T* to = static_cast<T*>(p.dh) + begin * p.width + d;
         for (int64_t t = 0; t < n; ++t)
             for (int64_t i = 0; i < count; ++i) to[t * p.width + i] = sums[i][t];
     }
