@@ -51,10 +51,8 @@ def _take(
     grad: Tensor | None, nll: Tensor, options: Options,
 ) -> None:  # fmt: skip
     """Adds the losses of the rows ``h`` to ``nll``; with ``grad``, fills the tables' gradients and ``dh``."""
-    weights, biases = (
-        [_lines(w) for w in softmax.weights],
-        [None if b is None else b.contiguous() for b in softmax.biases],
-    )
+    weights = [_lines(w) for w in softmax.weights]
+    biases = [None if b is None else b.contiguous() for b in softmax.biases]
     pieces = [
         _C.AdaptivePiece(w.data_ptr(), _address(b), len(w), w.stride(0), _address(dw), _address(db))
         for w, b, dw, db in zip(weights, biases, gradients.weights, gradients.biases, strict=True)
