@@ -7,6 +7,7 @@ CXX, CXXFLAGS, CUDA_HOME     choose the compilers, add to the C++ compiler's opt
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,11 +24,13 @@ from setuptools.command.build_ext import build_ext  # noqa: E402
 CXX_FLAGS = (
     "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall"
 )
-# One object per instruction set; csrc/ops.h chooses between them at run time.
+# One object per source and instruction set; csrc/bindings.cpp chooses between them at run time.
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 X86_SETS = {
-    "base": "",
-    "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
+    "base": ("*", ""),
+    "avx2": ("*", "-mavx2 -mfma -mf16c"),
+    "avx512": ("*", AVX512),
+    "amx": ("adaptive_softmax", f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"),
 }
 
 
@@ -56,6 +59,15 @@ def cuda_root(nvcc):
     return Path(top).resolve()
 
 
+def instruction_sets(cxx):
+    """The sets of this processor's family that the compiler knows: AMX is known since g++ 11 and clang 12."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or not sysconfig.get_platform().endswith("x86_64"):
+        return {"base": X86_SETS["base"]}
+    command = [*shlex.split(cxx), "-fsyntax-only", "-x", "c++", os.devnull]
+    known = lambda flags: subprocess.run([*command, *flags.split()], stderr=subprocess.DEVNULL).returncode == 0  # noqa: E731
+    return {isa: (sources, flags) for isa, (sources, flags) in X86_SETS.items() if known(flags)}
+
+
 class NinjaBuild(build_ext):
     """Writes one build.ninja for the extension and runs it."""
 
@@ -76,9 +88,11 @@ class NinjaBuild(build_ext):
         if nvcc and unknown:
             cuda += f" (nvcc does not know {', '.join(f'sm_{a}' for a in unknown)})"
 
-        x86 = platform.machine().lower() in ("x86_64", "amd64") and sysconfig.get_platform().endswith("x86_64")
-        sets = X86_SETS if x86 else {"base": ""}
-        defines = f"-DPAR_XL_X86={int(x86)} -DPAR_XL_CUDA={int(bool(nvcc))} '-DPAR_XL_CUDA_INFO=\"{cuda}\"'"
+        cxx = os.environ.get("CXX", "g++")
+        sets = instruction_sets(cxx)
+        built = {"X86": "avx2" in sets, "AMX": "amx" in sets, "CUDA": bool(nvcc)}
+        defines = " ".join(f"-DPAR_XL_{name}={int(x)}" for name, x in built.items())
+        defines += f" '-DPAR_XL_CUDA_INFO=\"{cuda}\"'"
         include = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()} -I{ROOT / 'csrc'}"
         link, objects = "-shared -fopenmp", []
 
@@ -91,7 +105,7 @@ class NinjaBuild(build_ext):
                 deps="gcc",
             )
             n.rule("link", "$cxx $in $flags -o $out")
-            n.variable("cxx", os.environ.get("CXX", "g++"))
+            n.variable("cxx", cxx)
             n.variable("cxxflags", os.environ.get("CXXFLAGS", ""))
 
             def compile(source, rule, name, flags=""):
@@ -99,8 +113,8 @@ class NinjaBuild(build_ext):
                 n.build(objects[-1], rule, str(source), variables={"flags": flags})
 
             compile(ROOT / "csrc/bindings.cpp", "cxx", "bindings")
-            for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-                for isa, flags in sets.items():
+            for isa, (sources, flags) in sets.items():
+                for source in sorted((ROOT / "csrc/cpu").glob(f"{sources}.cpp")):
                     compile(source, "cxx", f"{source.stem}.{isa}", f"-DPAR_XL_ISA={isa} {flags}")
             if nvcc:
                 root = cuda_root(nvcc)

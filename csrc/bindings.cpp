@@ -2,8 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "ops.h"
 
@@ -23,26 +28,43 @@ Rows rows(const RowsTuple& x) { return {at(std::get<0>(x)), std::get<1>(x), std:
 Heads heads(const HeadsTuple& x) { return {at(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)}; }
 
 #if PAR_XL_X86
-enum class Isa { base, avx2, avx512 };
+enum Isa { base_set, avx2_set, avx512_set, amx_set };
+constexpr const char* isa_names[] = {"base", "avx2", "avx512", "amx"};
 
-// PAR_XL_ISA=base or avx2 asks for an older set than the processor has (tests, comparisons).
+#if PAR_XL_AMX && defined(__linux__)
+// Linux gives a process the tile registers on request.
+bool amx_supported() {
+    constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") &&
+           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#else
+bool amx_supported() { return false; }
+#endif
+
+// PAR_XL_ISA=base, avx2 or avx512 asks for an older set than the processor has (tests, comparisons).
 Isa best_isa() {
     __builtin_cpu_init();
     const char* asked = std::getenv("PAR_XL_ISA");
-    const std::string most = asked ? asked : "avx512";
-    if (most == "base") return Isa::base;
-    if (most != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return Isa::avx512;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2 : Isa::base;
+    const auto most = std::find(isa_names, isa_names + amx_set, asked ? asked : std::string()) - isa_names;
+    if (most < avx2_set || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return base_set;
+    if (most < avx512_set || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return avx2_set;
+    return most == amx_set && amx_supported() ? amx_set : avx512_set;
 }
 const Isa isa = best_isa();
 // The copy of a C++ kernel for this processor.
-#define CPU(kernel) (isa == Isa::avx512 ? &avx512::kernel : isa == Isa::avx2 ? &avx2::kernel : &base::kernel)
-const char* isa_name() { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "base"; }
+#define CPU(kernel) (isa >= avx512_set ? &avx512::kernel : isa == avx2_set ? &avx2::kernel : &base::kernel)
+const char* isa_name() { return isa_names[isa]; }
 #else
 #define CPU(kernel) (&base::kernel)
 const char* isa_name() { return "base"; }
+#endif
+#if PAR_XL_AMX
+#define CPU_OR_AMX(kernel) (isa == amx_set ? &amx::kernel : CPU(kernel))
+#else
+#define CPU_OR_AMX(kernel) CPU(kernel)
 #endif
 
 }  // namespace
@@ -103,14 +125,14 @@ PYBIND11_MODULE(_C, m) {
             return AdaptivePiece{at(weight), at(bias), classes, stride, at(d_weight), at(d_bias)};
         }));
     py::class_<AdaptiveSoftmax>(m, "AdaptiveSoftmax")
-        .def(py::init([](const std::vector<AdaptivePiece>& pieces, std::array<Address, 6> x, std::array<int64_t, 4> n,
+        .def(py::init([](const std::vector<AdaptivePiece>& pieces, std::array<Address, 6> x, std::array<int64_t, 5> n,
                          double label_smoothing, double z_loss, int dtype) {
             return AdaptiveSoftmax{{pieces.at(0), pieces.size() > 1 ? pieces[1] : AdaptivePiece{}}, at(x[0]), at(x[1]),
                                    at<const int64_t>(x[2]), at<const int64_t>(x[3]), at(x[4]), at(x[5]), n[0], n[1], n[2],
-                                   n[3], label_smoothing, z_loss, DType(dtype)};
+                                   n[3], n[4], label_smoothing, z_loss, DType(dtype)};
         }));
-    m.def("adaptive_softmax_memory_cpu", [](const AdaptiveSoftmax& p) { return CPU(adaptive_softmax_memory)(p); });
-    m.def("adaptive_softmax_cpu", [](const AdaptiveSoftmax& p, Address memory) { CPU(adaptive_softmax)(p, at(memory)); }, nogil());
+    m.def("adaptive_softmax_memory_cpu", [](const AdaptiveSoftmax& p) { return CPU_OR_AMX(adaptive_softmax_memory)(p); });
+    m.def("adaptive_softmax_cpu", [](const AdaptiveSoftmax& p, Address memory) { CPU_OR_AMX(adaptive_softmax)(p, at(memory)); }, nogil());
     py::class_<AdaptiveRows>(m, "AdaptiveRows")
         .def(py::init([](Address logits, int64_t rows, int64_t columns, int64_t stride, Address bias, Address column,
                          Address grad, Address nll, double label_smoothing, double z_loss, int dtype) {

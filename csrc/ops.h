@@ -73,6 +73,7 @@ struct AdaptiveSoftmax {
     void* nll;                // by token; the rows' losses are added to it
     int64_t rows, width, stride;
     int64_t workspace;  // bytes that logits may take
+    int64_t parts;      // of bf16 that stand for a number of h, and with fp32 tables for any, on AMX (csrc/cpu/amx.h)
     double label_smoothing, z_loss;
     DType dtype;  // of the tables; all else is in its arithmetic type
 };
@@ -168,6 +169,7 @@ namespace par_xl::base { PAR_XL_CPU_KERNELS }
 #if PAR_XL_X86
 namespace par_xl::avx2 { PAR_XL_CPU_KERNELS }
 namespace par_xl::avx512 { PAR_XL_CPU_KERNELS }
+namespace par_xl::amx { PAR_XL_CPU_KERNELS }  // those of which setup.py compiles a copy
 #endif
 
 #if PAR_XL_CUDA

@@ -10,11 +10,15 @@ import torch
 import par_xl
 from par_xl.testing import largest_error, peak_memory, promoted, run
 
+with_amx = pytest.mark.skipif(par_xl.build_info()["cpu"] != "amx", reason="not on AMX")
+
 # Tokens, width, classes and workspace: wide enough that exp(z - m) is kept (unless the workspace is 0), or narrow; one
 # round or several, the last one shorter; fewer tiles than parts, or parts of several tiles; sizes beside whole vectors.
+# On AMX are the first three in fp32, and all in half precision.
 SHAPES = {
     "kept": (150, 136, 1500, 1 << 20),
     "made again": (150, 136, 1500, 0),
+    "wide rounds": (401, 145, 331, 150 * 333 * 4),
     "narrow": (150, 40, 1500, 1 << 20),
     "rounds": (500, 72, 300, 80 * 302 * 8),
     "narrow rounds": (1300, 8, 130, 0),
@@ -51,21 +55,55 @@ def test_equals_eager(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("isa", ["base", "avx2"])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_older_processors(shape, isa):
     """The copies for older instruction sets, whose tiles have other sizes."""
     script = (
         "import torch, par_xl, test_adaptive_softmax_cpu as t\n"
-        "from par_xl.testing import run\n"
-        f"x = t.inputs_of(*{shape}, torch.float64)\n"
-        "a, b = (run(lambda b=b, **x: par_xl.adaptive_nll(**x, backend=b), x) for b in ('native', 'eager'))\n"
-        "[torch.testing.assert_close(x, y) for x, y in zip(a[0] + a[1], b[0] + b[1], strict=True)]\n"
+        f"[t.test_equals_eager({shape}, dtype) for dtype in (torch.float64, torch.float32)]\n"
         "print(par_xl.build_info()['cpu'])\n"
     )
     environment = {**os.environ, "PAR_XL_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in (isa, "base")  # a processor may be older still
+    assert done.stdout.strip() in ("base", "avx2", "avx512")[: ("base", "avx2", "avx512").index(isa) + 1]
+
+
+@with_amx
+def test_matmul_precision():
+    """On AMX an fp32 number is one, two or three parts of bf16, as ``torch.set_float32_matmul_precision`` asks for."""
+    inputs, before, errors = inputs_of(200, 136, 1500, 1 << 20, torch.float32), torch.get_float32_matmul_precision(), []
+    exact = run(lambda **x: par_xl.adaptive_nll(**x, backend="eager"), promoted(inputs, torch.float64))
+    for precision in ("medium", "high", "highest"):
+        torch.set_float32_matmul_precision(precision)
+        got = run(lambda **x: par_xl.adaptive_nll(**x, backend="native"), inputs)
+        pairs = zip(got[0] + got[1], exact[0] + exact[1], strict=True)
+        errors.append([largest_error(x, y) / y.abs().max().item() for x, y in pairs])
+    torch.set_float32_matmul_precision(before)
+    for medium, high, highest in zip(*errors, strict=True):
+        assert medium < 2**-5 and high < min(medium / 8, 2**-12) and highest < min(high, 2**-18)
+
+
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7FFF, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan(bits, dtype):
+    """Every NaN in a row of the input is one in its loss, and in no other."""
+    x = torch.randn(130, 128).to(dtype)
+    bits_of_x = x.view(torch.int16)
+    bits_of_x[5, -1] = bits  # the upper half of an fp32 number
+    bits_of_x[5, -2] = -1
+    nll = par_xl.adaptive_nll(x, torch.arange(130), [torch.randn(300, 128).to(dtype)], [], backend="native")
+    assert nll.isnan().nonzero().tolist() == [[5]]
+
+
+@with_amx
+def test_tile_registers_are_left_as_found():
+    """torch's own products on AMX, before, between and after ours."""
+    x, inputs = torch.randn(200, 200).bfloat16(), inputs_of(150, 136, 1500, 1 << 20, torch.bfloat16)
+    wanted = x @ x
+    for _ in range(3):
+        run(lambda **x: par_xl.adaptive_nll(**x, backend="native"), inputs)
+        assert torch.equal(x @ x, wanted)
 
 
 def test_threads():
@@ -107,9 +145,10 @@ def test_padded_rows_of_a_table():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_strict_memory(reduction):
-    """With a workspace of 0, nothing beyond the gradients but what 512 rows need: nothing of 8 MB of logits."""
-    x, weight = torch.randn(1024, 72, requires_grad=True), torch.randn(2000, 72, requires_grad=True)
+@pytest.mark.parametrize(("width", "dtype"), [(72, torch.float32), (136, torch.float32), (72, torch.bfloat16)])
+def test_strict_memory(reduction, width, dtype):
+    """With a workspace of 0, nothing beyond the gradients but what 512 rows need: nothing of 16 MB of logits."""
+    x, weight = (torch.randn(n, width).to(dtype).requires_grad_() for n in (1024, 4000))
     target, peaks = torch.arange(1024), []
     for workspace in (0, 1 << 30):
 
@@ -121,4 +160,4 @@ def test_strict_memory(reduction):
 
         step()
         peaks.append(peak_memory(step, x.device) - x.nbytes - weight.nbytes)
-    assert peaks[0] < 3 << 20 < peaks[1]
+    assert peaks[0] < 6 << 20 < peaks[1]

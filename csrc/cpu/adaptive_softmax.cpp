@@ -10,9 +10,11 @@
 // otherwise the second pass makes it again. The classes are cut into parts, each with its own dh, that the threads take as
 // they come; the parts are added in one order. They are as many for one thread as for two, and more for more threads.
 #include <limits>
-#include <type_traits>
 
-#include "adaptive_softmax.h"
+#include "adaptive_softmax_vector.h"
+#if defined(__AMX_BF16__)
+#include "adaptive_softmax_amx.h"
+#endif
 #include "elementary.h"
 
 namespace par_xl::PAR_XL_ISA {
@@ -20,77 +22,67 @@ namespace {
 
 template <class T> constexpr T minus_infinity = -std::numeric_limits<T>::infinity();
 
-// Classes of one piece: `count` of them from `first` on, which is `column` of the softmax.
-struct Classes {
-    const AdaptivePiece& piece;
-    int64_t first, count, column;
-};
-
-template <class X>
+template <class X, class Products>
 class Softmax {
     using T = acc_t<X>;
     const AdaptiveSoftmax& p;
     const AdaptivePlan<T> plan;
-    const int64_t padded_width, pitch_z;
-    int64_t begin = 0, n = 0;                        // of the rows of this round
-    T *h_t, *h_rows;                                 // panels of (width, rows) and (rows, width)
-    T *logits, *references;                          // kept: (columns, rows), and (tiles, rows) the m of each tile
-    T *of_target, *largest, *scale, *shift, *hit;    // (rows)
-    double *part_sum, *part_total, *bias_sums;       // (parts, rows): of exp(z - m) and of z; (columns)
-    T *part_largest, *d_hidden;                      // (parts, rows), (parts, width, rows)
-    T *tile_logits, *tables, *d_tables;              // of each thread: (classes, rows), and twice (classes, width)
+    Products products{p, plan};
+    int64_t begin = 0, n = 0;                      // of the rows of this round
+    T *logits, *references;                        // kept: (columns, rows), and (tiles, rows) the m of each tile
+    T *of_target, *largest, *scale, *shift, *hit;  // (rows)
+    double *part_sum, *part_total, *bias_sums;     // (parts, rows): of exp(z - m) and of z; (columns)
+    T *part_largest, *d_hidden;                    // (parts, rows), (parts, width, rows)
+    T* tile_logits;                                // of each thread: (classes, rows)
 
 public:
-    explicit Softmax(const AdaptiveSoftmax& p, void* memory)
-        : p(p), plan(p), padded_width(round_up(p.width, panel<T>)), pitch_z(round_up(plan.rows, panel<T>) + margin) {
+    explicit Softmax(const AdaptiveSoftmax& p) : p(p), plan(p, Products::row_step, Products::class_step, Products::h_bytes) {}
+
+    int64_t memory() { return cut(nullptr); }
+
+    void run(void* memory) {
         cut(static_cast<char*>(memory));
-    }
-
-    static int64_t bytes(const AdaptiveSoftmax& p) { return Softmax(p, nullptr).cut(nullptr); }
-
-    void run() {
 #pragma omp parallel num_threads(plan.threads)
-        for (int64_t first = 0; first < p.rows; first += plan.rows) {
-#pragma omp single
-            {
-                begin = first;
-                n = min(plan.rows, p.rows - first);
-            }
-#pragma omp for
-            for (int64_t t = 0; t < n; t += lanes<T>) pack_rows(t);
-#pragma omp for schedule(dynamic)
-            for (int64_t part = 0; part < plan.parts; ++part) first_pass(part);
-#pragma omp for
-            for (int64_t t = 0; t < round_up(n, lanes<T>); ++t) finish_row(t);
-            if (!p.grad) continue;
-#pragma omp for schedule(dynamic)
-            for (int64_t part = 0; part < plan.parts; ++part) second_pass(part);
-#pragma omp for
-            for (int64_t d = 0; d < p.width; d += lanes<T>) add_hidden(d);
+        {
+            [[maybe_unused]] typename Products::Thread thread;
+            for (int64_t first = 0; first < p.rows; first += plan.rows) run_round(first);
         }
     }
 
 private:
+    void run_round(int64_t first) {
+#pragma omp single
+        {
+            begin = first;
+            n = min(plan.rows, p.rows - first);
+        }
+#pragma omp for
+        for (int64_t t = 0; t < n; t += products.row_step)
+            products.pack_rows(static_cast<const T*>(p.h) + begin * p.stride, t, n);
+#pragma omp for schedule(dynamic)
+        for (int64_t part = 0; part < plan.parts; ++part) first_pass(part);
+#pragma omp for
+        for (int64_t t = 0; t < round_up(n, lanes<T>); ++t) finish_row(t);
+        if (!p.grad) return;
+#pragma omp for schedule(dynamic)
+        for (int64_t part = 0; part < plan.parts; ++part) second_pass(part);
+#pragma omp for
+        for (int64_t d = 0; d < p.width; d += lanes<T>) add_hidden(d);
+    }
+
     int64_t cut(char* memory) {
-        int64_t size = 0;
-        auto take = [&](auto*& x, int64_t count) {
-            x = reinterpret_cast<std::remove_reference_t<decltype(x)>>(memory + size);
-            size += round_up(count * int64_t(sizeof(*x)), 64);
-        };
-        const int64_t each_rows = plan.parts * plan.rows, each_classes = plan.threads * plan.classes;
-        for (double** x : {&part_sum, &part_total}) take(*x, each_rows);
-        take(bias_sums, p.pieces[0].d_bias || p.pieces[1].d_bias ? plan.columns : 0);
-        take(part_largest, each_rows);
-        for (T** x : {&of_target, &largest, &scale, &shift, &hit}) take(*x, plan.rows);
-        take(h_t, p.width * round_up(plan.rows, panel<T>));
-        take(tables, std::is_same_v<X, T> ? 0 : each_classes * p.width);
-        take(tile_logits, plan.kept ? 0 : each_classes * pitch_z);
-        take(logits, plan.kept ? plan.columns * pitch_z : 0);
-        take(references, plan.kept ? plan.tiles * plan.rows : 0);
-        take(h_rows, p.grad ? plan.rows * padded_width : 0);
-        take(d_hidden, p.dh ? plan.parts * p.width * pitch_z : 0);
-        take(d_tables, p.grad && p.width % lanes<T> ? each_classes * padded_width : 0);
-        return size;
+        Cut cut{memory};
+        const int64_t each_rows = plan.parts * plan.rows;
+        for (double** x : {&part_sum, &part_total}) cut.take(*x, each_rows);
+        cut.take(bias_sums, p.pieces[0].d_bias || p.pieces[1].d_bias ? plan.columns : 0);
+        cut.take(part_largest, each_rows);
+        for (T** x : {&of_target, &largest, &scale, &shift, &hit}) cut.take(*x, plan.rows);
+        cut.take(tile_logits, plan.kept ? 0 : plan.threads * plan.classes * plan.pitch);
+        cut.take(logits, plan.kept ? plan.columns * plan.pitch : 0);
+        cut.take(references, plan.kept ? plan.tiles * plan.rows : 0);
+        cut.take(d_hidden, p.dh ? plan.parts * p.width * plan.pitch : 0);
+        products.cut(cut);
+        return cut.size;
     }
 
     Classes classes_of(int64_t tile) const {
@@ -102,48 +94,8 @@ private:
 
     int64_t token(int64_t t) const { return p.tokens ? p.tokens[begin + t] : begin + t; }
 
-    // Rows t .. t + lanes of h into both operands; zeros behind the last.
-    void pack_rows(int64_t t) const {
-        const T* row = static_cast<const T*>(p.h) + (begin + t) * p.stride;
-        const int64_t count = min(lanes<T>, n - t);
-        T* to = h_t + t / panel<T> * panel<T> * p.width + t % panel<T>;
-        for (int64_t d = 0; d < p.width; ++d)
-#pragma omp simd
-            for (int64_t i = 0; i < lanes<T>; ++i) to[d * panel<T> + i] = i < count ? row[i * p.stride + d] : T(0);
-        for (int64_t i = 0; p.grad && i < count; ++i) pack(row + i * p.stride, t + i, n, h_rows);
-    }
-
-    // Row i of `count` of an operand (count, width) in panels.
-    void pack(const T* row, int64_t i, int64_t count, T* to) const {
-        T* line = to + i * panel<T>;
-        int64_t d = 0;
-        for (; d + panel<T> <= p.width; d += panel<T>, line += count * panel<T>)
-#pragma omp simd
-            for (int64_t j = 0; j < panel<T>; ++j) line[j] = row[d + j];
-        if (d == p.width) return;
-        for (int64_t j = 0; j < panel<T>; ++j) line[j] = d + j < p.width ? row[d + j] : T(0);
-    }
-
-    const X* weight(const Classes& x) const { return static_cast<const X*>(x.piece.weight) + x.first * x.piece.stride; }
-    T* d_weight(const Classes& x) const { return static_cast<T*>(x.piece.d_weight) + x.first * p.width; }
     T bias(const Classes& x, int64_t c) const {
         return x.piece.bias ? T(load(static_cast<const X*>(x.piece.bias)[x.first + c])) : T(0);
-    }
-
-    // The table's rows of these classes in the arithmetic type, `stride` apart.
-    const T* table(const Classes& x, int64_t& stride) const {
-        const X* rows = weight(x);
-        if constexpr (std::is_same_v<X, T>) {
-            stride = x.piece.stride;
-            return rows;
-        } else {
-            T* to = own(tables, p.width);
-            stride = p.width;
-            for (int64_t c = 0; c < x.count; ++c)
-#pragma omp simd
-                for (int64_t d = 0; d < p.width; ++d) to[c * p.width + d] = load(rows[c * x.piece.stride + d]);
-            return to;
-        }
     }
 
     // Calls f(tile, its classes, those of the next one) for the tiles of a part; the last one is its own next.
@@ -153,26 +105,19 @@ private:
         for (int64_t tile = plan.first_tile(part); tile < end; ++tile) f(tile, classes_of(tile), classes_of(min(tile + 1, end - 1)));
     }
 
-    // z (classes, rows) = W h^T + b, while the next table is fetched
-    void multiply_logits(const Classes& x, const Classes& next, T* z) const {
-        int64_t stride;
-        const T* w = table(x, stride);
-        const Ahead ahead = Ahead().add(weight(next), next.count, p.width, next.piece.stride);
-        multiply(x.count, round_up(n, lanes<T>), p.width, w, stride, 1, Factor<T>{h_t, panel<T>, panel<T> * p.width}, z, pitch_z,
-                 false, ahead);
+    // z (classes, rows) = W h^T + b
+    void make_logits(const Classes& x, const Classes& next, T* z) const {
+        products.multiply_logits(x, next, n, z);
         if (!x.piece.bias) return;
         for (int64_t c = 0; c < x.count; ++c) {
             const T b = bias(x, c);
-            T* row = z + c * pitch_z;
+            T* row = z + c * plan.pitch;
 #pragma omp simd
             for (int64_t t = 0; t < round_up(n, lanes<T>); ++t) row[t] += b;
         }
     }
 
-    // This thread's buffer of `width` numbers for each class of a tile.
-    T* own(T* buffers, int64_t width) const { return buffers + omp_get_thread_num() * plan.classes * width; }
-
-    T* logits_of(const Classes& x) const { return plan.kept ? logits + x.column * pitch_z : own(tile_logits, pitch_z); }
+    T* logits_of(const Classes& x) const { return plan.kept ? logits + x.column * plan.pitch : plan.own(tile_logits, plan.pitch); }
 
     void first_pass(int64_t part) const {
         const int64_t at = part * plan.rows;
@@ -182,10 +127,10 @@ private:
         }
         for_tiles(part, [&](int64_t tile, const Classes& x, const Classes& next) {
             T* z = logits_of(x);
-            multiply_logits(x, next, z);
+            make_logits(x, next, z);
             for (int64_t t = 0; t < n; ++t) {
                 const int64_t c = p.column[token(t)] - x.column;
-                if (c >= 0 && c < x.count) of_target[t] = z[c * pitch_z + t];
+                if (c >= 0 && c < x.count) of_target[t] = z[c * plan.pitch + t];
             }
             if (p.label_smoothing != 0) add_columns(x, z, part_total + at);
             exponentiate(x, z, part_largest + at, part_sum + at);
@@ -197,7 +142,7 @@ private:
         T sums[most_rows] = {};
         for (int64_t c = 0; c < x.count; ++c)
 #pragma omp simd
-            for (int64_t t = 0; t < n; ++t) sums[t] += z[c * pitch_z + t];
+            for (int64_t t = 0; t < n; ++t) sums[t] += z[c * plan.pitch + t];
         for (int64_t t = 0; t < n; ++t) total[t] += sums[t];
     }
 
@@ -229,8 +174,8 @@ private:
     template <class F>
     void for_pairs(const Classes& x, T* z, F&& f) const {
         int64_t c = 0;
-        for (; c + 2 <= x.count; c += 2) f(z + c * pitch_z, z + (c + 1) * pitch_z);
-        if (c < x.count) f(z + c * pitch_z);
+        for (; c + 2 <= x.count; c += 2) f(z + c * plan.pitch, z + (c + 1) * plan.pitch);
+        if (c < x.count) f(z + c * plan.pitch);
     }
 
     // The row's loss from the parts, and what its gradients are made with; no gradient in the lanes behind the last row.
@@ -263,21 +208,16 @@ private:
     }
 
     void second_pass(int64_t part) const {
-        T* const dh = d_hidden + part * p.width * pitch_z;
+        T* const dh = p.dh ? d_hidden + part * p.width * plan.pitch : nullptr;
         for_tiles(part, [&](int64_t tile, const Classes& x, const Classes& next) {
             T* z = logits_of(x);
-            if (!plan.kept) multiply_logits(x, next, z);
+            if (!plan.kept) make_logits(x, next, z);
             differentiate(x, z, plan.kept ? references + tile * plan.rows : nullptr);
             if (x.piece.d_bias) add_rows(x, z);
-            if (x.piece.d_weight) add_table(x, z);
-            if (!p.dh) return;
-            int64_t stride;
-            const T* w = table(x, stride);
             Ahead ahead;
-            if (plan.kept) ahead.add(logits_of(next), next.count, n, pitch_z);
-            if (next.piece.d_weight) ahead.add(d_weight(next), next.count, p.width, p.width);
-            multiply(p.width, round_up(n, lanes<T>), x.count, w, 1, stride, Factor<T>{z, pitch_z, panel<T>}, dh, pitch_z,
-                     tile > plan.first_tile(part), ahead);
+            if (plan.kept) ahead.add(logits_of(next), next.count, n, plan.pitch);
+            if (next.piece.d_weight) ahead.add(next.d_weight<T>(p.width), next.count, p.width, p.width);
+            products.multiply_gradients(x, n, z, begin > 0, dh, tile > plan.first_tile(part), ahead);
         });
     }
 
@@ -288,7 +228,7 @@ private:
 #pragma omp simd
         for (int64_t t = 0; t < whole; ++t) factor[t] = reference ? scale[t] * exponential(reference[t] - largest[t]) : scale[t];
         for (int64_t c = 0; c < x.count; ++c) {
-            T* row = z + c * pitch_z;
+            T* row = z + c * plan.pitch;
             if (reference)
 #pragma omp simd
                 for (int64_t t = 0; t < whole; ++t) row[t] = factor[t] * row[t] - shift[t];
@@ -298,7 +238,7 @@ private:
         }
         for (int64_t t = 0; t < n; ++t) {
             const int64_t c = p.column[token(t)] - x.column;
-            if (c >= 0 && c < x.count) z[c * pitch_z + t] -= hit[t];
+            if (c >= 0 && c < x.count) z[c * plan.pitch + t] -= hit[t];
         }
     }
 
@@ -309,26 +249,10 @@ private:
         for (int64_t c = 0; c < x.count; ++c) {
             double sum = begin ? sums[c] : 0;
 #pragma omp simd reduction(+ : sum)
-            for (int64_t t = 0; t < n; ++t) sum += z[c * pitch_z + t];
+            for (int64_t t = 0; t < n; ++t) sum += z[c * plan.pitch + t];
             sums[c] = sum;
             if (begin + n == p.rows) to[c] = T(sum);
         }
-    }
-
-    // dW (classes, width) += dz h. A product writes whole vectors, which would reach into the next row of a table that is not
-    // as wide.
-    void add_table(const Classes& x, const T* z) const {
-        T* to = d_weight(x);
-        const Factor<T> rows{h_rows, panel<T>, n * panel<T>};
-        const Ahead ahead = Ahead().add(weight(x), x.count, p.width, x.piece.stride);
-        if (p.width % lanes<T> == 0) return multiply(x.count, p.width, n, z, pitch_z, 1, rows, to, p.width, begin > 0, ahead);
-        T* sums = own(d_tables, padded_width);
-        multiply(x.count, p.width, n, z, pitch_z, 1, rows, sums, padded_width, false);
-        for (int64_t c = 0; c < x.count; ++c)
-            for (int64_t d = 0; d < p.width; ++d) {
-                T& sum = to[c * p.width + d];
-                sum = (begin ? sum : T(0)) + sums[c * padded_width + d];
-            }
     }
 
     // Columns d .. d + lanes of dh, from the parts of its transpose.
@@ -340,7 +264,7 @@ private:
         T sums[lanes<T>][most_rows] = {};
         for (int64_t part = 0; part < plan.parts; ++part)
             for (int64_t i = 0; i < count; ++i) {
-                const T* from = d_hidden + (part * p.width + d + i) * pitch_z;
+                const T* from = d_hidden + (part * p.width + d + i) * plan.pitch;
 #pragma omp simd
                 for (int64_t t = 0; t < n; ++t) sums[i][t] += from[t];
             }
@@ -348,6 +272,19 @@ private:
             for (int64_t i = 0; i < count; ++i) to[t * p.width + i] = sums[i][t];
     }
 };
+
+// Calls f with the softmax, for the products that are the fastest.
+template <class F>
+void with_softmax(const AdaptiveSoftmax& p, F&& f) {
+    dispatch(p.dtype, [&](auto storage) {
+        using X = decltype(storage);
+#if defined(__AMX_BF16__)
+        if constexpr (!std::is_same_v<X, double>)
+            if (AmxProducts<X>::pays(p)) return f(Softmax<X, AmxProducts<X>>(p));
+#endif
+        f(Softmax<X, VectorProducts<X>>(p));
+    });
+}
 
 }  // namespace
 
@@ -383,12 +320,12 @@ int64_t adaptive_buckets(const AdaptiveBuckets& p) {
 
 int64_t adaptive_softmax_memory(const AdaptiveSoftmax& p) {
     int64_t bytes = 0;
-    dispatch(p.dtype, [&](auto storage) { bytes = Softmax<decltype(storage)>::bytes(p); });
+    with_softmax(p, [&](auto&& softmax) { bytes = softmax.memory(); });
     return bytes;
 }
 
 void adaptive_softmax(const AdaptiveSoftmax& p, void* memory) {
-    dispatch(p.dtype, [&](auto storage) { Softmax<decltype(storage)>(p, memory).run(); });
+    with_softmax(p, [&](auto&& softmax) { softmax.run(memory); });
 }
 
 }  // namespace par_xl::PAR_XL_ISA

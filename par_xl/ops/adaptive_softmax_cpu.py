@@ -46,6 +46,14 @@ def _lines(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _bf16_parts(softmax: Softmax) -> int:
+    """Of a number, where the processor multiplies bf16 (AMX); one for a bf16 input that no projection changes."""
+    dtype = softmax.weights[0].dtype
+    if dtype == torch.float32:
+        return {"highest": 3, "high": 2, "medium": 1}[torch.get_float32_matmul_precision()]
+    return 1 if dtype == torch.bfloat16 and softmax.projection is None else 2
+
+
 def _take(
     h: Tensor, dh: Tensor | None, tokens: Tensor | None, column: Tensor, softmax: Softmax, gradients: Softmax,
     grad: Tensor | None, nll: Tensor, options: Options,
@@ -57,9 +65,10 @@ def _take(
         _C.AdaptivePiece(w.data_ptr(), _address(b), len(w), w.stride(0), _address(dw), _address(db))
         for w, b, dw, db in zip(weights, biases, gradients.weights, gradients.biases, strict=True)
     ]
+    sizes = (*h.shape, h.stride(0), options.workspace, _bf16_parts(softmax))
     problem = _C.AdaptiveSoftmax(
-        pieces, [_address(t) for t in (h, dh, tokens, column, grad, nll)], (*h.shape, h.stride(0), options.workspace),
-        options.label_smoothing, options.z_loss, DTYPES[weights[0].dtype],
+        pieces, [_address(t) for t in (h, dh, tokens, column, grad, nll)], sizes, options.label_smoothing,
+        options.z_loss, DTYPES[weights[0].dtype],
     )  # fmt: skip
     size = -(-_C.adaptive_softmax_memory_cpu(problem) // h.itemsize)
     memory = to_be_filled(torch.empty(size, dtype=h.dtype))
