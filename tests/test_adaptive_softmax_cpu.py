@@ -14,7 +14,7 @@ with_amx = pytest.mark.skipif(par_xl.build_info()["cpu"] != "amx", reason="not o
 
 # Tokens, width, classes and workspace: wide enough that exp(z - m) is kept (unless the workspace is 0), or narrow; one
 # round or several, the last one shorter; fewer tiles than parts, or parts of several tiles; sizes beside whole vectors.
-# On AMX are the first three in fp32, and all in half precision.
+# AMX takes the first three in fp32, and all that are not the narrowest in half precision.
 SHAPES = {
     "kept": (150, 136, 1500, 1 << 20),
     "made again": (150, 136, 1500, 0),

@@ -24,8 +24,10 @@ public:
     static constexpr int64_t row_step = amx_depth, class_step = amx_depth, h_bytes = 512 << 10;
     using Thread = AmxTiles;
 
-    // To cut fp32 into parts takes longer than a product that is narrow, or for few rows, on vectors.
-    static bool pays(const AdaptiveSoftmax& p) { return sizeof(X) == 2 || (p.width >= 128 && p.rows >= 128); }
+    // To cut numbers into parts takes longer than a product that is narrow, or in fp32 for few rows, on vectors.
+    static bool pays(const AdaptiveSoftmax& p) {
+        return std::is_same_v<X, float> ? p.width >= 128 && p.rows >= 128 : p.width >= 16;
+    }
 
     AmxProducts(const AdaptiveSoftmax& p, const AdaptivePlan<float>& plan)
         : p(p), plan(plan), parts(p.parts), table_parts(std::is_same_v<X, float> ? parts : std::is_same_v<X, half> ? 2 : 1),
