@@ -1,6 +1,7 @@
 // The three products of adaptive_softmax's tiles on AMX. With fp32 tables every factor has the parts that are asked for. A
 // bf16 table is one part, exactly, an fp16 table two; dz then has two, far more than the tables' precision, and h those that
-// are asked for.
+// are asked for. In fp32 dh^T = W^T dz is left to vectors: its depth is a tile's classes, three steps of AMX, too few for the
+// cutting of both factors, and on cores with other guests AMX halves its rate at times, which vectors do not.
 #pragma once
 #include "adaptive_softmax.h"
 #include "amx.h"
@@ -22,16 +23,15 @@ class AmxProducts {
 
 public:
     static constexpr int64_t row_step = amx_depth, class_step = amx_depth, h_bytes = 512 << 10;
+    static constexpr bool is_fp32 = std::is_same_v<X, float>;
     using Thread = AmxTiles;
 
     // To cut numbers into parts takes longer than a product that is narrow, or in fp32 for few rows, on vectors.
-    static bool pays(const AdaptiveSoftmax& p) {
-        return std::is_same_v<X, float> ? p.width >= 128 && p.rows >= 128 : p.width >= 16;
-    }
+    static bool pays(const AdaptiveSoftmax& p) { return is_fp32 ? p.width >= 128 && p.rows >= 128 : p.width >= 16; }
 
     AmxProducts(const AdaptiveSoftmax& p, const AdaptivePlan<float>& plan)
-        : p(p), plan(plan), parts(p.parts), table_parts(std::is_same_v<X, float> ? parts : std::is_same_v<X, half> ? 2 : 1),
-          gradient_parts(std::is_same_v<X, float> ? parts : 2) {}
+        : p(p), plan(plan), parts(p.parts), table_parts(is_fp32 ? parts : std::is_same_v<X, half> ? 2 : 1),
+          gradient_parts(is_fp32 ? parts : 2) {}
 
     void cut(Cut& cut) {
         auto take = [&](bfloat16*& x, bool needed, int64_t count, int64_t side, int64_t depth, int parts) {
@@ -40,9 +40,9 @@ public:
         take(h_t, true, 1, plan.rows, p.width, parts);
         take(h_rows, p.grad, 1, p.width, plan.rows, parts);
         take(tables, true, plan.threads, plan.classes, p.width, table_parts);
-        take(tables_t, p.dh, plan.threads, p.width, plan.classes, table_parts);
+        take(tables_t, p.dh && !is_fp32, plan.threads, p.width, plan.classes, table_parts);
         take(gradients, p.grad, plan.threads, plan.classes, plan.rows, gradient_parts);
-        take(gradients_t, p.dh, plan.threads, plan.rows, plan.classes, gradient_parts);
+        take(gradients_t, p.dh && !is_fp32, plan.threads, plan.rows, plan.classes, gradient_parts);
     }
 
     // Rows t .. t + 32 of the n at h into both factors; zeros behind the last.
@@ -78,12 +78,17 @@ public:
                      Ahead().add(x.weight<X>(), x.count, p.width, x.piece.stride));
         }
         if (!dh) return;
-        const AmxFactor dz = factor(own(gradients_t, plan.rows, plan.classes, gradient_parts), x.count, gradient_parts);
-        const AmxFactor w = factor(own(tables_t, p.width, plan.classes, table_parts), x.count, table_parts);
-        pack_right(z, plan.pitch, x.count, n, dz);
-        pack_right(x.weight<X>(), x.piece.stride, x.count, p.width, w);
-        transpose_tiles(w, p.width);
-        multiply(p.width, round_up(n, amx_side), w, dz, dh, plan.pitch, add_to_dh, ahead);
+        if constexpr (is_fp32) {
+            multiply(p.width, round_up(n, amx_side), x.count, x.weight<float>(), 1, x.piece.stride,
+                     Factor<float>{z, plan.pitch, panel<float>}, dh, plan.pitch, add_to_dh, ahead);
+        } else {
+            const AmxFactor dz = factor(own(gradients_t, plan.rows, plan.classes, gradient_parts), x.count, gradient_parts);
+            const AmxFactor w = factor(own(tables_t, p.width, plan.classes, table_parts), x.count, table_parts);
+            pack_right(z, plan.pitch, x.count, n, dz);
+            pack_right(x.weight<X>(), x.piece.stride, x.count, p.width, w);
+            transpose_tiles(w, p.width);
+            multiply(p.width, round_up(n, amx_side), w, dz, dh, plan.pitch, add_to_dh, ahead);
+        }
     }
 };
 
