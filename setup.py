@@ -60,12 +60,12 @@ def cuda_root(nvcc):
 
 
 def instruction_sets(cxx):
-    """The sets of this processor's family that the compiler knows: AMX is known since g++ 11 and clang 12."""
+    """The sets of this processor's family, without AMX where the compiler does not know it (g++ 10, clang 11)."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not sysconfig.get_platform().endswith("x86_64"):
         return {"base": X86_SETS["base"]}
-    command = [*shlex.split(cxx), "-fsyntax-only", "-x", "c++", os.devnull]
-    known = lambda flags: subprocess.run([*command, *flags.split()], stderr=subprocess.DEVNULL).returncode == 0  # noqa: E731
-    return {isa: (sources, flags) for isa, (sources, flags) in X86_SETS.items() if known(flags)}
+    with_amx = [*shlex.split(cxx), *X86_SETS["amx"][1].split(), "-fsyntax-only", "-x", "c++", os.devnull]
+    knows_amx = subprocess.run(with_amx, stderr=subprocess.DEVNULL).returncode == 0
+    return {isa: copy for isa, copy in X86_SETS.items() if isa != "amx" or knows_amx}
 
 
 class NinjaBuild(build_ext):

@@ -31,17 +31,6 @@ Heads heads(const HeadsTuple& x) { return {at(std::get<0>(x)), std::get<1>(x), s
 enum Isa { base_set, avx2_set, avx512_set, amx_set };
 constexpr const char* isa_names[] = {"base", "avx2", "avx512", "amx"};
 
-#if PAR_XL_AMX && defined(__linux__)
-// Linux gives a process the tile registers on request.
-bool amx_supported() {
-    constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") &&
-           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-}
-#else
-bool amx_supported() { return false; }
-#endif
-
 // PAR_XL_ISA=base, avx2 or avx512 asks for an older set than the processor has (tests, comparisons).
 Isa best_isa() {
     __builtin_cpu_init();
@@ -51,27 +40,44 @@ Isa best_isa() {
     if (most < avx512_set || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
         return avx2_set;
-    return most == amx_set && amx_supported() ? amx_set : avx512_set;
+#if PAR_XL_AMX
+    if (most == amx_set && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16"))
+        return amx_set;
+#endif
+    return avx512_set;
 }
 const Isa isa = best_isa();
 // The copy of a C++ kernel for this processor.
 #define CPU(kernel) (isa >= avx512_set ? &avx512::kernel : isa == avx2_set ? &avx2::kernel : &base::kernel)
-const char* isa_name() { return isa_names[isa]; }
+
+#if PAR_XL_AMX
+// Linux gives a process the tile registers on request. Its signal frames grow with them, so this is when they are needed.
+bool has_amx() {
+#if defined(__linux__)
+    constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool given = isa == amx_set && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return given;
+#else
+    return false;
+#endif
+}
+#define CPU_OR_AMX(kernel) (has_amx() ? &amx::kernel : CPU(kernel))
+#else
+bool has_amx() { return false; }
+#define CPU_OR_AMX(kernel) CPU(kernel)
+#endif
+const char* isa_name() { return has_amx() ? "amx" : isa_names[std::min(isa, avx512_set)]; }
 #else
 #define CPU(kernel) (&base::kernel)
-const char* isa_name() { return "base"; }
-#endif
-#if PAR_XL_AMX
-#define CPU_OR_AMX(kernel) (isa == amx_set ? &amx::kernel : CPU(kernel))
-#else
 #define CPU_OR_AMX(kernel) CPU(kernel)
+const char* isa_name() { return "base"; }
 #endif
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     using nogil = py::call_guard<py::gil_scoped_release>;
-    m.attr("isa") = isa_name();
+    m.def("isa", &isa_name);
     m.attr("has_cuda") = bool(PAR_XL_CUDA);
     m.attr("cuda_info") = PAR_XL_CUDA_INFO;
 

@@ -102,7 +102,8 @@ private:
     template <class F>
     void for_tiles(int64_t part, F&& f) const {
         const int64_t end = plan.first_tile(part + 1);
-        for (int64_t tile = plan.first_tile(part); tile < end; ++tile) f(tile, classes_of(tile), classes_of(min(tile + 1, end - 1)));
+        for (int64_t tile = plan.first_tile(part); tile < end; ++tile)
+            f(tile, classes_of(tile), classes_of(min(tile + 1, end - 1)));
     }
 
     // z (classes, rows) = W h^T + b

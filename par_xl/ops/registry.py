@@ -261,4 +261,4 @@ def build_info() -> dict[str, str]:
     """What the extension was built with: the instruction set chosen for this processor, and the CUDA architectures."""
     if _C is None:
         return {"extension": _missing_extension}
-    return {"extension": "built", "cpu": _C.isa, "cuda": _C.cuda_info}
+    return {"extension": "built", "cpu": _C.isa(), "cuda": _C.cuda_info}
