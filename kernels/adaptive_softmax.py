@@ -48,7 +48,7 @@ class _Softmax:
         self.tile = 64 if self.weights[0].element_size() == 2 else 32
         self.length = triton.cdiv(triton.cdiv(self.columns, self.splits), self.tile) * self.tile
         self.splits = triton.cdiv(self.columns, self.length)
-        self.precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        self.precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
     def tables(self):
         bias = self.weights[0] if self.bias is None else self.bias  # an address that is not read

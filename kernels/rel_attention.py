@@ -300,8 +300,8 @@ def strided(x):
 
 def products(dtype: torch.dtype) -> dict:
     """The type and precision of the products' operands."""
-    highest = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return dict(TYPE=getattr(tl, str(dtype).removeprefix("torch.")), PRECISION="ieee" if highest else "tf32")
+    full = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return dict(TYPE=getattr(tl, str(dtype).removeprefix("torch.")), PRECISION="ieee" if full else "tf32")
 
 
 def without_bf16(n_results: int) -> Callable:

@@ -72,17 +72,21 @@ def test_older_processors(isa):
 
 @with_amx
 def test_matmul_precision():
-    """On AMX an fp32 number is one, two or three parts of bf16, as ``torch.set_float32_matmul_precision`` asks for."""
-    inputs, before, errors = inputs_of(200, 136, 1500, 1 << 20, torch.float32), torch.get_float32_matmul_precision(), []
+    """An fp32 number is one, two or three parts of bf16, as torch's setting for CPUs asks for, not that for GPUs."""
+    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before, (gpu, cpu), errors = [x.fp32_precision for x in settings], settings, []
+    inputs = inputs_of(200, 136, 1500, 1 << 20, torch.float32)
     exact = run(lambda **x: par_xl.adaptive_nll(**x, backend="eager"), promoted(inputs, torch.float64))
-    for precision in ("medium", "high", "highest"):
-        torch.set_float32_matmul_precision(precision)
-        got = run(lambda **x: par_xl.adaptive_nll(**x, backend="native"), inputs)
-        pairs = zip(got[0] + got[1], exact[0] + exact[1], strict=True)
-        errors.append([largest_error(x, y) / y.abs().max().item() for x, y in pairs])
-    torch.set_float32_matmul_precision(before)
-    for medium, high, highest in zip(*errors, strict=True):
-        assert medium < 2**-5 and high < min(medium / 8, 2**-12) and highest < min(high, 2**-18)
+    try:
+        gpu.fp32_precision = "tf32"
+        for cpu.fp32_precision in ("bf16", "tf32", "ieee"):
+            got = run(lambda **x: par_xl.adaptive_nll(**x, backend="native"), inputs)
+            pairs = zip(got[0] + got[1], exact[0] + exact[1], strict=True)
+            errors.append([largest_error(x, y) / y.abs().max().item() for x, y in pairs])
+    finally:
+        gpu.fp32_precision, cpu.fp32_precision = before
+    for one, two, three in zip(*errors, strict=True):
+        assert one < 2**-5 and two < min(one / 8, 2**-12) and three < min(two, 2**-18)
 
 
 @pytest.mark.parametrize("bits", [0x7FC0, 0x7FFF, -1])
@@ -98,8 +102,33 @@ def test_nan(bits, dtype):
 
 
 @with_amx
-def test_tile_registers_are_left_as_found():
-    """torch's own products on AMX, before, between and after ours."""
+def test_tile_registers_are_left_as_found(tmp_path):
+    """Configured as they were by whoever used them before, or not at all."""
+    (tmp_path / "test.cpp").write_text("""
+        #include "cpu/amx.h"
+        #include <sys/syscall.h>
+        #include <unistd.h>
+        int main() {
+            if (syscall(SYS_arch_prctl, 0x1023, 18)) return 1;
+            alignas(64) unsigned char wanted[64] = {1}, got[64] = {};
+            for (int i = 0; i < 8; ++i) wanted[16 + 2 * i] = 32, wanted[48 + i] = 4;
+            { par_xl::amx::AmxTiles ours; }
+            asm volatile("sttilecfg %0" : "=m"(got));
+            if (got[0] != 0) return 2;
+            asm volatile("ldtilecfg %0" : : "m"(wanted));
+            { par_xl::amx::AmxTiles ours; }
+            asm volatile("sttilecfg %0" : "=m"(got));
+            return memcmp(got, wanted, 64) ? 3 : 0;
+        }""")
+    csrc = os.path.join(os.path.dirname(os.path.dirname(__file__)), "csrc")
+    flags = ["-std=c++17", "-fopenmp", "-march=sapphirerapids", "-DPAR_XL_ISA=amx", "-DPAR_XL_X86=1", f"-I{csrc}"]
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, "test.cpp", "-o", "test"], cwd=tmp_path, check=True)
+    assert subprocess.run([tmp_path / "test"]).returncode == 0
+
+
+@with_amx
+def test_beside_torchs_own_tiles():
+    """torch's products on AMX, before, between and after ours."""
     x, inputs = torch.randn(200, 200).bfloat16(), inputs_of(150, 136, 1500, 1 << 20, torch.bfloat16)
     wanted = x @ x
     for _ in range(3):

@@ -117,6 +117,18 @@ def test_fp32_products_have_torchs_precision(precision, wanted):
         torch.set_float32_matmul_precision(before)
 
 
+def test_fp32_products_follow_torch_backends():
+    """The setting for GPUs alone, with which ``torch.get_float32_matmul_precision`` is an error."""
+    from par_xl.kernels.rel_attention import products
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert products(torch.float32)["PRECISION"] == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 

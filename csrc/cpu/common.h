@@ -131,10 +131,10 @@ PAR_XL_INLINE void write_rows(int64_t width, bool stream, const Result<T, F>& fi
     for (int64_t k = i; k < width; ++k) first.write(k), (more.write(k), ...);
 }
 
-PAR_XL_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-PAR_XL_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-PAR_XL_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-PAR_XL_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+PAR_XL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PAR_XL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+PAR_XL_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+PAR_XL_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Threads worth starting for this many bytes: below about 64 KB a second thread costs more than it brings.
 PAR_XL_INLINE int threads_for(int64_t bytes) {

@@ -298,8 +298,8 @@ def adaptive_nll(
     Equivalent, for ``asm = torch.nn.AdaptiveLogSoftmaxWithLoss(d, V, cutoffs)``, to ``-asm(input, target).output`` with
     ``weights=[asm.head.weight, *(t[1].weight for t in asm.tail)]`` and ``projections=[None, *(t[0].weight for t in
     asm.tail)]``. Without cutoffs it is ``F.cross_entropy(F.linear(input, weights[0], biases[0]), target,
-    reduction="none")``. Products of fp32 matrices are as accurate as :func:`torch.set_float32_matmul_precision` asks
-    for; on a CPU with AMX they are made of bf16 parts, in which a number that is not finite gives NaN.
+    reduction="none")``. fp32 products follow :func:`torch.set_float32_matmul_precision` and
+    ``torch.backends``; a CPU with AMX makes most of bf16 parts, where a number that is not finite gives NaN.
 
     Args:
         input: ``(..., d)``; fp16, bf16, fp32 or fp64, any strides.

@@ -50,7 +50,8 @@ def _bf16_parts(softmax: Softmax) -> int:
     """Of a number, where the processor multiplies bf16 (AMX); one for a bf16 input that no projection changes."""
     dtype = softmax.weights[0].dtype
     if dtype == torch.float32:
-        return {"highest": 3, "high": 2, "medium": 1}[torch.get_float32_matmul_precision()]
+        precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]  # the module replaces itself
+        return {"tf32": 2, "bf16": 1}.get(precision, 3)
     return 1 if dtype == torch.bfloat16 and softmax.projection is None else 2
 
 
